@@ -1,0 +1,402 @@
+"""What travels along the path, from a question to its streamed answer. NumPy only: every service imports this.
+
+Shape letters, here and in every file: F frames · S scales · N tiles · H, W grid rows and columns · T visual tokens ·
+C vision channels · D language-model width · B sequences · A heads · E channels per head.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvila.errors import DeadlineExceeded
+
+# -- time -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Deadline:
+    """When a request's time is up, on this process's monotonic clock. On a wire it travels as what is left of it."""
+
+    at_s: float
+
+    @classmethod
+    def after(cls, seconds: float) -> Deadline:
+        return cls(time.monotonic() + seconds)
+
+    def left_s(self) -> float:
+        """Seconds left; raises `DeadlineExceeded` when none are."""
+        left = self.at_s - time.monotonic()
+        if left <= 0:
+            raise DeadlineExceeded("the request's time is up")
+        return left
+
+
+# -- media ------------------------------------------------------------------------------------------------------------
+
+
+class MediaKind(StrEnum):
+    IMAGE = "image"
+    VIDEO = "video"
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoSampling:
+    """Which frames of a video are asked for: at most one of `num_frames` and `fps`; neither means the model's default.
+
+    `start_s` and `end_s` are a window on the video's own clock (first frame = 0).
+    """
+
+    num_frames: int | None = None
+    fps: float | None = None
+    start_s: float | None = None
+    end_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaSource:
+    """One media part of a question: where its bytes are to be had. Exactly one of `url` and `file_id` is set.
+
+    `url` is http(s) or `data:`. `sampling` is for videos only.
+    """
+
+    kind: MediaKind
+    url: str | None = None
+    file_id: str | None = None
+    sampling: VideoSampling = field(default_factory=VideoSampling)
+
+    def __post_init__(self) -> None:
+        assert (self.url is None) != (self.file_id is None), "exactly one of url and file_id"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FrameRun:
+    """A run of sampled frames of one media item: what one vision call encodes (a *chunk*), before it is decoded.
+
+    `indices` are frame numbers of the container in presentation order, non-decreasing, repeats allowed (the reference's
+    sampling rule repeats frames of short videos). An image is a run of the one index 0.
+    """
+
+    indices: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Chunk:
+    """Decoded frames of one `FrameRun`, ready to be encoded.
+
+    `frames_FHWC`: uint8 RGB, all of one size: for video frames the tile side (S, S), for an image its own size. Frames
+    that could not be decoded are left out (`missing`: their positions in the run); then the last frame is repeated
+    `padded` times so that F is a multiple of the temporal group and pooling never crosses a chunk border.
+    `times_s`: presentation times of the frames that were decoded, in order. `content_digest`: BLAKE3 over shape, format
+    and bytes (cache/keys.py), taken where the pixels were decoded so that they are read once.
+    """
+
+    frames_FHWC: NDArray[np.uint8]
+    content_digest: bytes
+    times_s: tuple[float, ...]
+    missing: tuple[int, ...] = ()
+    padded: int = 0
+
+
+# -- visual tokens ----------------------------------------------------------------------------------------------------
+
+
+class TokenDtype(StrEnum):
+    """How visual tokens are stored. INT8 has one float32 scale per token. FLOAT32 is for float32 models (CPU)."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeSettings:
+    """All that shapes visual tokens besides the pixels; part of their key.
+
+    `is_tiled`: the checkpoint's tiling (Dynamic-S2 or dynamic) is applied; only for the single image of a prompt
+    (NVILA-SPEC §2.5). `pool_sizes`: (frames, rows, columns) per pooling level for videos, empty for images.
+    `vision_revision`: digest of tower, projector and their configuration (model/checkpoint.py).
+    """
+
+    kind: MediaKind
+    is_tiled: bool
+    pool_sizes: tuple[tuple[int, int, int], ...]
+    token_dtype: TokenDtype
+    vision_revision: str
+
+    def canonical(self) -> bytes:
+        """A stable byte form for hashing."""
+        pools = ";".join(",".join(map(str, p)) for p in self.pool_sizes)
+        return f"{self.kind}|{int(self.is_tiled)}|{pools}|{self.token_dtype}|{self.vision_revision}".encode()
+
+
+@dataclass(frozen=True)
+class Level:
+    """One pooling level of a token record: `blocks` runs (tiles, frames or pooled frames) of `tokens` tokens each.
+
+    A Dynamic-S2 image is one block; a `dynamic` image has one block per tile; a video has one per (pooled) frame.
+    """
+
+    blocks: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokensRef:
+    """A chunk's visual tokens by name, with the layout that they must have; decode refuses anything else.
+
+    `key`: hex digest (cache/keys.py).
+    """
+
+    key: str
+    levels: tuple[Level, ...]
+
+    @property
+    def tokens(self) -> int:
+        return sum(level.blocks * level.tokens for level in self.levels)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class VisualTokens:
+    """Compressed, projected visual tokens of one chunk, without any start, end or separator embeddings.
+
+    `values_TD`: float32, or uint16 holding bfloat16 bits, or int8; contiguous. `scales_T`: float32, INT8 only.
+    Rows are level by level, block by block. `width` is D.
+    """
+
+    ref: TokensRef
+    dtype: TokenDtype
+    values_TD: NDArray[np.float32] | NDArray[np.uint16] | NDArray[np.int8]
+    scales_T: NDArray[np.float32] | None
+    vision_revision: str
+
+    @property
+    def width(self) -> int:
+        return int(self.values_TD.shape[1])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Encoded:
+    """The vision service's answer about one chunk.
+
+    `is_published`: the tokens are in the cache. `inline`: the tokens themselves, present when they were asked for or
+    could not be published. `tiles`: tower tiles computed (0 when another request's result was reused).
+    """
+
+    ref: TokensRef
+    is_published: bool
+    inline: VisualTokens | None
+    tiles: int
+    stage_ms: Mapping[str, float]
+
+
+# -- the prompt -------------------------------------------------------------------------------------------------------
+
+
+class Role(StrEnum):
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+
+
+@dataclass(frozen=True)
+class TextPart:
+    text: str
+
+
+@dataclass(frozen=True)
+class MediaPart:
+    """Stands for the media item with this position in the question's or request's `media`."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Message:
+    role: Role
+    parts: tuple[TextPart | MediaPart, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How the answer is sampled. `temperature` 0 is greedy. `top_k` 0 means all."""
+
+    max_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """A client's request, the same from HTTP, gRPC and the command line: what `gateway/pipeline.py` answers.
+
+    `tenant`: the salt of caches; requests of different tenants share nothing.
+    """
+
+    request_id: str
+    tenant: str
+    messages: tuple[Message, ...]
+    media: tuple[MediaSource, ...]
+    sampling: SamplingParams
+    deadline: Deadline
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptMedia:
+    """One media item of a decode request: its kind and the token records that make it up, in time order."""
+
+    kind: MediaKind
+    is_tiled: bool
+    records: tuple[TokensRef, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateRequest:
+    """What the decode service is asked. Records not in `inline` are awaited in the cache.
+
+    `resume_ids`: tokens already generated by a replica that died; generation goes on after them and their text is
+    not sent again. `cache_salt` keeps tenants apart in the language model's prefix cache. `affinity`: requests with
+    the same value go to the same replica when it has room (the first media record's key; empty for text).
+    """
+
+    request_id: str
+    messages: tuple[Message, ...]
+    media: tuple[PromptMedia, ...]
+    sampling: SamplingParams
+    deadline: Deadline
+    vision_revision: str
+    cache_salt: str
+    affinity: str = ""
+    inline: tuple[VisualTokens, ...] = ()
+    resume_ids: tuple[int, ...] = ()
+    traceparent: str = ""
+
+
+# -- the answer -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptUsage:
+    """Prompt length in language-model positions, by modality. `image` and `video` include end-of-block embeddings."""
+
+    text: int
+    image: int
+    video: int
+    cached: int = 0
+    """How many of them the prefix cache already held."""
+
+    @property
+    def total(self) -> int:
+        return self.text + self.image + self.video
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accepted:
+    """First event of a generation: the prompt is laid out and fits."""
+
+    prompt: PromptUsage
+
+
+@dataclass(frozen=True)
+class TextDelta:
+    """The next piece of the answer, and the token ids that made it (ids whose text is not complete yet ride along)."""
+
+    text: str
+    token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TokensMissing:
+    """The generation cannot begin: these records are not in the cache (or not usable) and did not come in time."""
+
+    keys: tuple[str, ...]
+
+
+class FinishReason(StrEnum):
+    STOP = "stop"
+    LENGTH = "length"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """Last event of a generation that went well. `stage_ms`: fetch, prompt, queue, prefill, generate."""
+
+    reason: FinishReason
+    prompt: PromptUsage
+    completion_tokens: int
+    stage_ms: Mapping[str, float]
+
+
+DecodeEvent = Accepted | TextDelta | TokensMissing | Finished
+"""Anything else that ends a generation is raised as an `NvilaError`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gap:
+    """A stretch of the asked time range without usable frames, in seconds on the media's clock, and why."""
+
+    start_s: float
+    end_s: float
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaCoverage:
+    """What of one media item the answer stands on.
+
+    Frames asked by the client (or the model's default) · decoded in this request · encoded by the tower in this request
+    · reused from the cache · dropped because they could not be decoded · added to fill the last temporal group.
+    `start_s`, `end_s`: first and last frame's presentation time. `tokens`: language-model positions.
+    """
+
+    kind: MediaKind
+    frames_asked: int
+    frames_decoded: int
+    frames_encoded: int
+    frames_reused: int
+    frames_dropped: int
+    frames_padded: int
+    start_s: float
+    end_s: float
+    gaps: tuple[Gap, ...]
+    tokens: int
+    chunks: int
+    cache_hits: int
+    tiles: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Coverage:
+    """Of every answer: what it stands on, and the milliseconds each stage took (summed over chunks, so stages that
+    overlap add up to more than the wall time `total`)."""
+
+    media: tuple[MediaCoverage, ...]
+    stage_ms: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCard:
+    """What the decode service serves, and so what the gateway may promise.
+
+    `config_json`: the checkpoint's configuration as `model/config.py` reads it. `max_model_len`: positions of prompt
+    plus answer. `token_dtype`: how visual tokens are stored for it.
+    """
+
+    name: str
+    vision_revision: str
+    config_json: str
+    max_model_len: int
+    token_dtype: TokenDtype
+    engine: str
+    is_random: bool
+    """True for the made-up checkpoint with random weights: its words mean nothing."""
