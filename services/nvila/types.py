@@ -85,6 +85,19 @@ class FrameRun:
     indices: tuple[int, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class FrameLocation:
+    """Where a chunk's frames lie in shared memory: a named POSIX region, so that a service on the same host can map it.
+
+    `region`: its name as `shm_open` takes it, with the leading slash. `region_bytes`: size of the whole region.
+    """
+
+    region: str
+    region_bytes: int
+    offset: int
+    nbytes: int
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Chunk:
     """Decoded frames of one `FrameRun`, ready to be encoded.
@@ -93,7 +106,8 @@ class Chunk:
     that could not be decoded are left out (`missing`: their positions in the run); then the last frame is repeated
     `padded` times so that F is a multiple of the temporal group and pooling never crosses a chunk border.
     `times_s`: presentation times of the frames that were decoded, in order. `content_digest`: BLAKE3 over shape, format
-    and bytes (cache/keys.py), taken where the pixels were decoded so that they are read once.
+    and bytes (cache/keys.py), taken where the pixels were decoded so that they are read once. `location`: set when
+    `frames_FHWC` is a view of shared memory. F is 0 when no frame of the run could be decoded.
     """
 
     frames_FHWC: NDArray[np.uint8]
@@ -101,6 +115,7 @@ class Chunk:
     times_s: tuple[float, ...]
     missing: tuple[int, ...] = ()
     padded: int = 0
+    location: FrameLocation | None = None
 
 
 # -- visual tokens ----------------------------------------------------------------------------------------------------
@@ -309,7 +324,11 @@ class Accepted:
 
 @dataclass(frozen=True)
 class TextDelta:
-    """The next piece of the answer, and the token ids that made it (ids whose text is not complete yet ride along)."""
+    """The next piece of the answer, and exactly the token ids that made it.
+
+    Ids whose text is held back (half a character, the possible beginning of a stop string) come with the delta that
+    lets it go: then the ids received so far always stand for the text received so far, and a generation can be resumed.
+    """
 
     text: str
     token_ids: tuple[int, ...]
