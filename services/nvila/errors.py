@@ -11,6 +11,7 @@
     ├── Overloaded              no permit or queue full; worth trying again after `retry_after_s`
     ├── Unavailable             a service behind is down, not ready or broke; worth trying again
     ├── DeadlineExceeded        the request's time is up
+    ├── InvalidCheckpoint       a model folder that does not hold what its own configuration says; for the operator
     └── Cancelled               the client left; never shown to it
 
 Each face (HTTP, gRPC) maps a class to its status once, in its own module. Between our own services an error travels
@@ -78,6 +79,10 @@ class Unavailable(NvilaError):
 
 class DeadlineExceeded(NvilaError):
     code = "deadline_exceeded"
+
+
+class InvalidCheckpoint(NvilaError):
+    code = "invalid_checkpoint"
 
 
 class Cancelled(NvilaError):

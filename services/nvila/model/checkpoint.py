@@ -1,0 +1,199 @@
+"""A checkpoint folder in the published NVILA layout (NVILA-SPEC §7.1-7.2): configuration, tokenizer, weights.
+
+    config.json   root configuration
+    llm/          a Qwen2 folder, with the tokenizer
+    vision_tower/ SigLIP        mm_projector/ the projector
+
+Only safetensors and JSON are read: no pickle, and no code from the folder. Opening one reads no weights; `model/encoder.py`
+and the decode service take what each needs, memory-mapped.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from blake3 import blake3
+from torch import Tensor
+
+from nvila.errors import InvalidCheckpoint
+from nvila.model.config import NvilaConfig
+from nvila.model.projector import Projector
+from nvila.model.published import read_config
+from nvila.model.siglip import Tower, resize_positions
+from nvila.model.tokenizer import ChatTokenizer
+from nvila.model.weights import Weights
+
+ARITHMETIC_VERSION = 1
+"""Raised when a change of our own code changes the visual tokens that the same weights give; part of every cache key."""
+
+RANDOM_KEY = "nvila_random_weights"
+"""Set in the root configuration of a made-up checkpoint (`model/tiny.py`)."""
+
+EMBEDDING = "model.embed_tokens.weight"
+POSITIONS = "embeddings.position_embedding.weight"
+TOWER_PREFIX = "vision_model."
+
+
+class Checkpoint:
+    """An opened folder. Cheap to make; weights are touched when asked for."""
+
+    def __init__(self, path: Path, root: Mapping[str, Any]) -> None:
+        self.path = path
+        self.is_random = bool(root.get(RANDOM_KEY, False))
+        """Its weights were made up: its words mean nothing."""
+        self._tokenizer = ChatTokenizer.open(self.llm_path)
+        self.config: NvilaConfig = read_config(
+            name=path.name,
+            root=root,
+            llm=_json(self.llm_path / "config.json"),
+            tower=_json(path / "vision_tower" / "config.json"),
+            projector=_json(path / "mm_projector" / "config.json"),
+            processor=_json(path / "vision_tower" / "preprocessor_config.json"),
+            encode=self._tokenizer.encode_markup,
+        )
+
+    @classmethod
+    def open(cls, path: str | Path) -> Checkpoint:
+        """Read a folder's configuration and tokenizer; raises `InvalidCheckpoint` naming what is wrong."""
+        folder = Path(path).resolve()
+        if (folder / "model" / "config.json").exists():
+            folder = folder / "model"
+        root = _json(folder / "config.json")
+        if root.get("model_type") not in ("llava_llama", "vila"):
+            raise InvalidCheckpoint(
+                f"config.json has model_type {root.get('model_type')!r}; known: 'llava_llama', 'vila'"
+            )
+        for part in ("llm", "vision_tower", "mm_projector"):
+            if not (folder / part).is_dir():
+                raise InvalidCheckpoint(f"the checkpoint has no folder {part}/")
+        return cls(folder, root)
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def llm_path(self) -> Path:
+        """A Qwen2 folder as vLLM and transformers load it."""
+        return self.path / "llm"
+
+    def tokenizer(self) -> ChatTokenizer:
+        return self._tokenizer
+
+    @property
+    def eos_id(self) -> int:
+        return self._tokenizer.eos_id
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        return self._tokenizer.stop_ids
+
+    @cached_property
+    def suppressed_ids(self) -> tuple[int, ...]:
+        """Saved ids that must never be sampled: media markers, and rows that no token stands for."""
+        tokenizer = self._tokenizer
+        media = set(tokenizer.media_ids)
+        return tuple(i for i in range(self.config.vocab) if i in media or tokenizer.token_of(i) is None)
+
+    # -- weights ----------------------------------------------------------------------------------------------------
+
+    def tower_weights(self) -> dict[str, Tensor]:
+        """Parameters of `Tower`, as stored; the position table resampled where the configuration asks for it."""
+        config = self.config
+        with torch.device("meta"):
+            shapes = {
+                name: tuple(p.shape) for name, p in Tower(config.tower, config.tower.image_px).state_dict().items()
+            }
+        skipped = [f"{TOWER_PREFIX}encoder.layers.{i}." for i in range(config.tower.blocks, config.tower.layers)]
+        taken = Weights(self.path / "vision_tower").take(
+            {TOWER_PREFIX + name: shape for name, shape in shapes.items()},
+            unused=[*skipped, f"{TOWER_PREFIX}post_layernorm.", f"{TOWER_PREFIX}head."],
+        )
+        weights = {name.removeprefix(TOWER_PREFIX): tensor for name, tensor in taken.items()}
+        if config.tile_px != config.tower.image_px:
+            weights[POSITIONS] = resize_positions(weights[POSITIONS], config.grid**2)
+        return weights
+
+    def projector_weights(self) -> dict[str, Tensor]:
+        """Parameters of `Projector`, as stored."""
+        config = self.config
+        with torch.device("meta"):
+            projector = Projector(config.projector_type, config.projector_width, config.llm_width)
+        shapes = {name: tuple(p.shape) for name, p in projector.state_dict().items()}
+        return Weights(self.path / "mm_projector").take(shapes) if shapes else {}
+
+    def embedding_rows(self, ids: Sequence[int] | Tensor) -> Tensor:
+        """Input embeddings of text ids, (len(ids), D) in the stored dtype; only these rows are read.
+
+        Raises `InvalidCheckpoint` for an id without a saved row: those are never fed to the model (spec §6.1).
+        """
+        wanted = torch.as_tensor(ids, dtype=torch.long)
+        table = self._embedding_table
+        if wanted.numel() and not 0 <= int(wanted.min()) <= int(wanted.max()) < len(table):
+            raise InvalidCheckpoint(f"token id {int(wanted.max())} has no embedding: {len(table)} rows are saved")
+        return table[wanted]
+
+    @cached_property
+    def _embedding_table(self) -> Tensor:
+        table = Weights(self.llm_path).tensor(EMBEDDING)
+        if tuple(table.shape) != (self.config.vocab, self.config.llm_width):
+            raise InvalidCheckpoint(
+                f"llm/ tensor {EMBEDDING!r} has shape {tuple(table.shape)}, "
+                f"its configuration says {(self.config.vocab, self.config.llm_width)}"
+            )
+        return table
+
+    @cached_property
+    def vision_revision(self) -> str:
+        """Hex digest over everything that shapes visual tokens: tower and projector weights and their configuration.
+
+        Reads those weights once, about a second per 2 GB. The same for every layout that the same weights are stored in.
+        """
+        config = self.config
+        fields = (
+            "tower",
+            "image_mode",
+            "tile_px",
+            "s2_scales",
+            "s2_merge_index",
+            "min_tiles",
+            "max_tiles",
+            "projector_type",
+        )
+        shape = json.loads(config.to_json())
+        digest = blake3(max_threads=blake3.AUTO)
+        digest.update(json.dumps([ARITHMETIC_VERSION, [shape[field] for field in fields]]).encode())
+        parts = {"tower": self.tower_weights(), "projector": self.projector_weights()}
+        for part, weights in parts.items():
+            for name in sorted(weights):
+                tensor = weights[name]
+                digest.update(f"\n{part}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                if math.prod(tensor.shape):
+                    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        return digest.hexdigest()
+
+
+def _json(path: Path) -> dict[str, Any]:
+    label = (
+        path.name
+        if path.name == "config.json" and path.parent.name not in _PARTS
+        else f"{path.parent.name}/{path.name}"
+    )
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise InvalidCheckpoint(f"{label} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise InvalidCheckpoint(f"{label} is not JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InvalidCheckpoint(f"{label} holds no JSON object")
+    return content
+
+
+_PARTS = ("llm", "vision_tower", "mm_projector")

@@ -1,0 +1,128 @@
+"""Frames in, visual tokens out: preprocessing, tower, and what follows it, as three steps and as one.
+
+A service that batches runs the three apart: `prepare` per request, `tower` over the tiles of many, `finish` per request.
+Values are projected tokens without start, end or separator embeddings, which are text and belong to `model/prompt.py`.
+
+F frames · N tiles · S tile side · T visual tokens · C tower channels · D language-model width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from nvila.errors import InvalidRequest
+from nvila.model.checkpoint import Checkpoint
+from nvila.model.compress import pool_levels
+from nvila.model.config import ImageMode, NvilaConfig
+from nvila.model.dynamic_s2 import BlockSize, merge_scales, project_map
+from nvila.model.preprocess import pixel_values, split_frames, split_image
+from nvila.model.projector import Projector
+from nvila.model.siglip import Tower
+from nvila.types import EncodeSettings, Level, MediaKind
+
+TOWER_TILES = 16
+"""Tiles per tower call of `encode`, and per projector call: bounds memory (a tile at 448² on 3 scales is 14 MB in float32)."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
+    """One picture or run of frames, ready for the tower.
+
+    `pixels_N3SS`: float32 holding float16 values. `block_size`: (rows, columns) of a tiled Dynamic-S2 image.
+    """
+
+    pixels_N3SS: Tensor
+    block_size: BlockSize | None = None
+
+    @property
+    def tiles(self) -> int:
+        return int(self.pixels_N3SS.shape[0])
+
+
+class VisionEncoder:
+    """Tower and projector of one checkpoint on one device."""
+
+    def __init__(self, config: NvilaConfig, tower: Tower, projector: Projector) -> None:
+        self.config = config
+        self._tower = tower.eval().requires_grad_(False)
+        self._projector = projector.eval().requires_grad_(False)
+
+    @classmethod
+    def load(
+        cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> VisionEncoder:
+        """Weights of a checkpoint folder, memory-mapped where device and dtype allow. Raises `InvalidCheckpoint`."""
+        return cls.from_checkpoint(Checkpoint.open(path), device, dtype)
+
+    @classmethod
+    def from_checkpoint(
+        cls, checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+    ) -> VisionEncoder:
+        config = checkpoint.config
+        with torch.device("meta"):
+            tower = Tower(config.tower, config.tile_px)
+            projector = Projector(config.projector_type, config.projector_width, config.llm_width)
+        tower.load(checkpoint.tower_weights())
+        projector.load_state_dict(checkpoint.projector_weights(), strict=True, assign=True)
+        return cls(config, tower.to(device=device, dtype=dtype), projector.to(device=device, dtype=dtype))
+
+    def prepare(self, frames_FHWC: NDArray[np.uint8], settings: EncodeSettings) -> Prepared:
+        """Tiles and pixel values of one image (F = 1, any size) or a run of video frames. CPU only."""
+        if frames_FHWC.ndim != 4 or frames_FHWC.shape[-1] != 3 or 0 in frames_FHWC.shape:
+            raise InvalidRequest(f"frames must be (frames, rows, columns, 3) and not empty, not {frames_FHWC.shape}")
+        if settings.kind is MediaKind.VIDEO:
+            tiled = split_frames(self.config, frames_FHWC)
+        elif len(frames_FHWC) == 1:
+            tiled = split_image(self.config, frames_FHWC[0], settings.is_tiled)
+        else:
+            raise InvalidRequest(f"an image is one frame, not {len(frames_FHWC)}")
+        pixels = torch.from_numpy(pixel_values(tiled.tiles_NHWC))
+        return Prepared(pixels_N3SS=pixels, block_size=tiled.block_size)
+
+    @torch.inference_mode()
+    def tower(self, pixels_N3SS: Tensor) -> Tensor:
+        """Features of any tiles, (N, grid², C) in the tower's dtype and on its device; tiles do not see each other."""
+        features: Tensor = self._tower(pixels_N3SS)
+        return features
+
+    @torch.inference_mode()
+    def finish(
+        self, features_NTC: Tensor, prepared: Prepared, settings: EncodeSettings
+    ) -> tuple[Tensor, tuple[Level, ...]]:
+        """Scales merged, tokens compressed, projected and pooled: rows (T, D) in float32, and their layout."""
+        if len(features_NTC) != prepared.tiles:
+            raise InvalidRequest(f"{len(features_NTC)} tiles of features came for {prepared.tiles} tiles of pixels")
+        if prepared.block_size is not None:
+            values_TD = self._project_scales(features_NTC, prepared.block_size)
+            return values_TD.float(), (Level(1, len(values_TD)),)
+        tokens_NTD = self._project_tiles(features_NTC)
+        if settings.kind is MediaKind.VIDEO:
+            values_TD, levels = pool_levels(tokens_NTD, settings.pool_sizes or ((1, 1, 1),))
+            return values_TD.float(), levels
+        return tokens_NTD.flatten(0, 1).float(), (Level(tokens_NTD.shape[0], tokens_NTD.shape[1]),)
+
+    def encode(self, frames_FHWC: NDArray[np.uint8], settings: EncodeSettings) -> tuple[Tensor, tuple[Level, ...]]:
+        """All three steps, for use in process."""
+        prepared = self.prepare(frames_FHWC, settings)
+        features = torch.cat([self.tower(tiles) for tiles in prepared.pixels_N3SS.split(TOWER_TILES)])
+        return self.finish(features, prepared, settings)
+
+    def _project_scales(self, features_NTC: Tensor, block_size: BlockSize) -> Tensor:
+        maps, sizes = merge_scales(features_NTC, [block_size], self.config.s2_scales, self.config.s2_merge_index)
+        return project_map(maps[0], sizes[0], self._project)
+
+    def _project_tiles(self, features_NTC: Tensor) -> Tensor:
+        """Tiles on their own; a Dynamic-S2 projector gets their channels once per scale (spec §3.3)."""
+        if self.config.image_mode is ImageMode.DYNAMIC_S2:
+            runs = [self._project(run.repeat(1, 1, self.config.scales)) for run in features_NTC.split(TOWER_TILES)]
+            return torch.cat(runs)
+        return self._project(features_NTC)
+
+    def _project(self, x_NTC: Tensor) -> Tensor:
+        return torch.cat([self._projector(run) for run in x_NTC.split(TOWER_TILES)])

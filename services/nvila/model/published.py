@@ -1,0 +1,158 @@
+"""A checkpoint's own JSON files to an `NvilaConfig` (NVILA-SPEC §7.1-7.2). Pure Python, no I/O.
+
+Unknown keys are ignored; classes named in the files are matched by name and never imported.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from nvila.errors import InvalidCheckpoint
+from nvila.model.config import ImageMode, LlmConfig, NvilaConfig, TowerConfig, Wrap
+
+Json = Mapping[str, Any]
+Encode = Callable[[str], list[int]]
+
+
+def read_config(
+    *, name: str, root: Json, llm: Json, tower: Json, projector: Json, processor: Json, encode: Encode
+) -> NvilaConfig:
+    """The model that these files describe. `encode` is the tokenizer's `encode_markup`.
+
+    Raises `InvalidCheckpoint` naming the key at fault.
+    """
+    tower_config = _tower(root, tower)
+    mode = _image_mode(root)
+    scales = _scales(root) if mode is ImageMode.DYNAMIC_S2 else ()
+    llm_config = _llm(llm)
+    video = _encoder(root.get("video_encoder"), "video_encoder", ("BasicVideoEncoder", "TSPVideoEncoder"))
+    image = _encoder(root.get("image_encoder"), "image_encoder", ("BasicImageEncoder",))
+    return NvilaConfig(
+        name=name,
+        tower=tower_config,
+        llm=llm_config,
+        image_mode=mode,
+        tile_px=_tile_px(root, tower_config, processor, scales),
+        s2_scales=scales,
+        s2_merge_index=_integer(root, "s2_resize_output_to_scale_idx", 0),
+        min_tiles=_integer(root, "min_tiles", 1),
+        max_tiles=_integer(root, "max_tiles", 12),
+        projector_type=_required(projector, "mm_projector_type", "mm_projector/config.json"),
+        projector_width=tower_config.width * max(1, len(scales)),
+        image_wrap=_wrap(image, encode),
+        video_wrap=_wrap(video, encode),
+        pool_sizes=tuple(tuple(pool) for pool in video.get("pool_sizes") or [[1, 1, 1]]),
+        default_frames=_integer(root, "num_video_frames", 8),
+        fps=float(root.get("fps") or 0.0),
+        time_tokens=_integer(root, "num_time_tokens", 0),
+        time_token_format=root.get("time_token_format") or "<t{t}>",
+    )
+
+
+def _tower(root: Json, tower: Json) -> TowerConfig:
+    where = "vision_tower/config.json"
+    if "siglip" not in "".join(tower.get("architectures") or [tower.get("model_type", "")]).lower():
+        raise InvalidCheckpoint(f"{where} describes {tower.get('architectures')}; only SigLIP towers are supported")
+    feature = root.get("mm_vision_select_feature")
+    if feature != "cls_patch":
+        raise InvalidCheckpoint(
+            f"mm_vision_select_feature is {feature!r}; 'cls_patch' is needed, SigLIP has no class token"
+        )
+    return TowerConfig(
+        image_px=int(_required(tower, "image_size", where)),
+        patch_px=int(_required(tower, "patch_size", where)),
+        width=int(_required(tower, "hidden_size", where)),
+        mlp_width=int(_required(tower, "intermediate_size", where)),
+        layers=int(_required(tower, "num_hidden_layers", where)),
+        heads=int(_required(tower, "num_attention_heads", where)),
+        norm_eps=float(tower.get("layer_norm_eps", 1e-6)),
+        select_layer=int(_required(root, "mm_vision_select_layer", "config.json")),
+    )
+
+
+def _llm(llm: Json) -> LlmConfig:
+    where = "llm/config.json"
+    if llm.get("model_type") != "qwen2":
+        raise InvalidCheckpoint(f"{where} has model_type {llm.get('model_type')!r}; 'qwen2' is needed")
+    width, heads = int(_required(llm, "hidden_size", where)), int(_required(llm, "num_attention_heads", where))
+    rope: Json = llm.get("rope_parameters") or {}
+    return LlmConfig(
+        width=width,
+        mlp_width=int(_required(llm, "intermediate_size", where)),
+        layers=int(_required(llm, "num_hidden_layers", where)),
+        heads=heads,
+        kv_heads=int(llm.get("num_key_value_heads") or heads),
+        head_width=int(llm.get("head_dim") or width // heads),
+        vocab=int(_required(llm, "vocab_size", where)),
+        is_tied=bool(llm.get("tie_word_embeddings", False)),
+        max_positions=int(_required(llm, "max_position_embeddings", where)),
+        norm_eps=float(llm.get("rms_norm_eps", 1e-6)),
+        rope_base=float(llm.get("rope_theta") or rope.get("rope_theta") or 1e6),
+    )
+
+
+def _image_mode(root: Json) -> ImageMode:
+    if root.get("s2"):
+        raise InvalidCheckpoint("static S2 (config key 's2') is not used by NVILA models and not supported")
+    mode = root.get("image_aspect_ratio") or "resize"
+    if mode not in set(ImageMode):
+        raise InvalidCheckpoint(f"image_aspect_ratio is {mode!r}; known: {', '.join(ImageMode)}")
+    if (mode == ImageMode.DYNAMIC_S2) != bool(root.get("dynamic_s2")):
+        raise InvalidCheckpoint(
+            f"image_aspect_ratio is {mode!r} and dynamic_s2 {root.get('dynamic_s2')!r}: they disagree"
+        )
+    return ImageMode(mode)
+
+
+def _scales(root: Json) -> tuple[int, ...]:
+    given = _required(root, "s2_scales", "config.json")
+    return tuple(int(scale) for scale in (given.split(",") if isinstance(given, str) else given))
+
+
+def _tile_px(root: Json, tower: TowerConfig, processor: Json, scales: tuple[int, ...]) -> int:
+    """The processor's side: Dynamic-S2's first scale, else its own size, else `vision_resolution` where that is set.
+
+    A side other than the tower's needs `vision_resolution`, which has the position table resampled (spec §3.7).
+    """
+    resolution = _integer(root, "vision_resolution", -1)
+    size = processor.get("size") or {}
+    own = int(size.get("height") or tower.image_px) if isinstance(size, Mapping) else int(size)
+    side = scales[0] if scales else resolution if resolution > 0 else own
+    if side != tower.image_px and side != resolution:
+        raise InvalidCheckpoint(f"tiles are {side} px, the tower was made for {tower.image_px} px")
+    return side
+
+
+def _encoder(given: Any, key: str, known: tuple[str, ...]) -> Json:
+    """Arguments of a media encoder: a dictionary, or one as a JSON string, with `_target_`; absent means the basic one."""
+    encoder: Any = json.loads(given) if isinstance(given, str) else given or {}
+    name = str(encoder.get("_target_", known[0])).rpartition(".")[2]
+    if name not in known:
+        raise InvalidCheckpoint(f"{key} is {name!r}; known: {', '.join(known)}")
+    if name == "TSPVideoEncoder" and not encoder.get("pool_sizes"):
+        raise InvalidCheckpoint(f"{key} is a TSPVideoEncoder without pool_sizes")
+    return encoder if name == "TSPVideoEncoder" else {k: v for k, v in encoder.items() if k.endswith("_tokens")}
+
+
+def _wrap(encoder: Json, encode: Encode) -> Wrap:
+    """Default: nothing before, one newline after every block, no separator (spec §5.3)."""
+
+    def ids(key: str, default: str | None) -> tuple[int, ...]:
+        text = encoder.get(key, default)
+        return tuple(encode(text)) if text else ()
+
+    return Wrap(start=ids("start_tokens", None), end=ids("end_tokens", "\n"), sep=ids("sep_tokens", None))
+
+
+def _required(config: Json, key: str, where: str) -> Any:
+    value = config.get(key)
+    if value is None:
+        raise InvalidCheckpoint(f"{where} has no {key!r}")
+    return value
+
+
+def _integer(config: Json, key: str, default: int) -> int:
+    value = config.get(key)
+    return default if value is None else int(value)
