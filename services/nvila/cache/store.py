@@ -1,0 +1,356 @@
+"""The token store: visual-token records, leases and remembered plans in Redis, none of which a request depends on.
+
+Every failure of Redis is counted, logged and treated as a miss (STYLE §8): callers see records or no records, never an
+exception. After a failure a breaker answers for Redis at once, and lets one call through each second to look again, so
+that a dead Redis costs microseconds.
+
+Names in Redis, one hash slot per record: `nvila:{key}:m` manifest · `nvila:{key}:s0`… shards · `nvila:{key}:l` lease ·
+`nvila:plan:{key}` plan. All expire, so `volatile-lru` may evict any of them; a record is complete only when manifest
+and all shards are there, and a reader knows their number beforehand. Commands, for ACLs: vision SET UNLINK; decode
+EXISTS GETEX; gateway EXISTS SET GETEX EVAL (with GET PEXPIRE UNLINK) INFO.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from enum import StrEnum
+from typing import Any, Protocol, TypeVar
+
+import redis.asyncio as redis
+from blake3 import blake3
+from redis.asyncio.retry import Retry
+from redis.backoff import NoBackoff
+from redis.exceptions import RedisError, ResponseError
+
+from nvila.cache.codec import CorruptRecord, Record, RecordFormat, unpack
+from nvila.telemetry import names
+from nvila.telemetry.logs import fields
+from nvila.telemetry.names import Metric
+from nvila.types import Deadline, TokensRef, VisualTokens
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+_PIPELINE_DEPTH = 32
+"""Commands sent before their answers are read: at most 32 MiB in flight on a connection (ANCHORS P58)."""
+_PROBE_EVERY_S = 1.0
+_RENEW = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('pexpire', KEYS[1], ARGV[2]) end return 0"
+_RELEASE = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('unlink', KEYS[1]) end return 0"
+
+
+class MetricSink(Protocol):
+    """What the store asks of its process's metrics (telemetry/metrics.py)."""
+
+    def add(self, metric: Metric, amount: float = 1, **labels: str) -> None: ...
+    def set(self, metric: Metric, value: float, **labels: str) -> None: ...
+    def observe(self, metric: Metric, value: float, **labels: str) -> None: ...
+
+
+class Lease(StrEnum):
+    """What a caller who asked for a record's lease is to do."""
+
+    HELD = "held"
+    """Encode: nobody else is doing so."""
+    TAKEN_OVER = "taken_over"
+    """Encode: whoever was doing so stopped before the record was there."""
+    REUSED = "reused"
+    """Do not encode: the record is there now."""
+    WITHOUT = "without"
+    """Encode: Redis does not answer, so nobody can be asked."""
+
+    @property
+    def must_encode(self) -> bool:
+        return self is not Lease.REUSED
+
+
+class TokenStore:
+    """One process's connections to Redis. Make it with `open` inside a running event loop; `close` it at the end."""
+
+    def __init__(
+        self, client: redis.Redis, metrics: MetricSink, *, ttl_s: float, timeout_s: float = 2.0, lease_s: float = 10.0
+    ) -> None:
+        self._redis = client
+        self._metrics = metrics
+        self._ttl_ms = round(ttl_s * 1000)
+        self._timeout_s = timeout_s
+        self._lease_ms = round(lease_s * 1000)
+        self._breaker = _Breaker()
+
+    @classmethod
+    def open(
+        cls,
+        url: str,
+        metrics: MetricSink,
+        *,
+        ttl_s: float,
+        timeout_s: float = 2.0,
+        connect_timeout_s: float = 0.5,
+        max_connections: int = 16,
+        lease_s: float = 10.0,
+    ) -> TokenStore:
+        """A store on `redis://[user:password@]host:port/db`, or `rediss://` for TLS; nothing is sent yet.
+
+        `ttl_s`: how long a record lives after its last use. `timeout_s`: of one round trip. Raises `ValueError` for an
+        address that is not one.
+        """
+        pool = redis.BlockingConnectionPool.from_url(
+            url,
+            max_connections=max_connections,
+            timeout=timeout_s,
+            socket_timeout=timeout_s,
+            socket_connect_timeout=connect_timeout_s,
+            retry=Retry(NoBackoff(), 0),
+            driver_info=None,  # no CLIENT SETINFO, which a narrow ACL forbids
+        )
+        client = redis.Redis.from_pool(pool)
+        return cls(client, metrics, ttl_s=ttl_s, timeout_s=timeout_s, lease_s=lease_s)
+
+    async def close(self) -> None:
+        await self._redis.aclose()
+
+    # -- records
+
+    async def has(self, refs: Iterable[TokensRef], form: RecordFormat) -> set[str]:
+        """Keys of those records that are complete (not verified: that is for who reads them)."""
+        return await self._present(list(refs), form) or set()
+
+    async def get(self, refs: Iterable[TokensRef], form: RecordFormat) -> dict[str, VisualTokens]:
+        """The verified tokens of those records that are there, by key; their lives begin anew."""
+        wanted = list({ref.key: ref for ref in refs}.values())
+        commands = [("GETEX", name, "PX", self._ttl_ms) for ref in wanted for name in _names(ref, form)]
+        values = await self._attempt("get", lambda: self._pipelined(commands))
+        if values is None:
+            self._metrics.add(names.CACHE_READS, len(wanted), outcome="unavailable")
+            return {}
+        found: dict[str, VisualTokens] = {}
+        position = 0
+        for ref in wanted:
+            count = len(_names(ref, form))
+            parts, position = values[position : position + count], position + count
+            tokens = await self._verified(ref, form, parts)
+            if tokens is not None:
+                found[ref.key] = tokens
+        return found
+
+    async def put(self, record: Record) -> bool:
+        """Write a record, its manifest last; True when Redis has all of it. Writing twice is harmless."""
+        parts = [*((f"s{index}", shard) for index, shard in enumerate(record.shards)), ("m", record.manifest)]
+        commands = [("SET", _name(record.key, part), value, "PX", self._ttl_ms) for part, value in parts]
+        answers = await self._attempt("put", lambda: self._pipelined(commands))
+        if answers is None:
+            outcome = "unavailable"
+        elif all(answer is not None and not isinstance(answer, Exception) for answer in answers):
+            outcome = "written"
+            self._metrics.add(names.CACHE_BYTES, len(record.payload), direction="written")
+        else:
+            outcome = "refused"
+            refusal = next(answer for answer in answers if isinstance(answer, Exception))
+            _log.warning("the cache refused a record", extra=fields(key=record.key, reason=str(refusal)))
+            await self._attempt(
+                "put", lambda: self._pipelined([("UNLINK", *(_name(record.key, part) for part, _ in parts))])
+            )
+        self._metrics.add(names.CACHE_WRITES, outcome=outcome)
+        return outcome == "written"
+
+    async def await_tokens(self, refs: Iterable[TokensRef], form: RecordFormat, deadline: Deadline) -> set[str]:
+        """Wait until all those records are complete; returns the keys of those that are not, by the deadline or as soon
+        as Redis does not answer. Never raises."""
+        missing = {ref.key: ref for ref in refs}
+        pause_s = 0.005
+        while missing:
+            present = await self._present(list(missing.values()), form)
+            left_s = deadline.at_s - time.monotonic()
+            if present is None or left_s <= 0:
+                break
+            missing = {key: ref for key, ref in missing.items() if key not in present}
+            if missing:
+                await asyncio.sleep(min(pause_s, left_s))
+                pause_s = min(pause_s * 1.5, 0.05)
+        return set(missing)
+
+    # -- leases
+
+    @asynccontextmanager
+    async def lease(self, ref: TokensRef, form: RecordFormat, deadline: Deadline) -> AsyncIterator[Lease]:
+        """Be the one who encodes a record, or wait for who does. Raises `DeadlineExceeded` when the wait is too long.
+
+        A held lease is renewed until the block ends, and expires on its own if this process dies. It only saves work:
+        two writers of one record write the same bytes.
+        """
+        name, owner = _name(ref.key, "l"), secrets.token_hex(16)
+        lease = await self._claim(ref, form, name, owner, deadline)
+        self._metrics.add(names.CACHE_LEASES, outcome=lease)
+        if lease not in (Lease.HELD, Lease.TAKEN_OVER):
+            yield lease
+            return
+        renewal = asyncio.create_task(self._renew(name, owner))
+        try:
+            yield lease
+        finally:
+            renewal.cancel()
+            await self._release(name, owner)
+
+    async def _claim(self, ref: TokensRef, form: RecordFormat, name: str, owner: str, deadline: Deadline) -> Lease:
+        record = _names(ref, form)
+        commands = [("SET", name, owner, "NX", "PX", self._lease_ms), ("EXISTS", *record)]
+        pause_s, has_waited = 0.02, False
+        while True:
+            answers = await self._attempt("lease", lambda: self._pipelined(commands))
+            if answers is None or isinstance(answers[0], Exception):
+                return Lease.WITHOUT
+            is_mine, is_there = answers[0] is not None, answers[1] == len(record)
+            if is_there:
+                if is_mine:
+                    await self._release(name, owner)
+                return Lease.REUSED
+            if is_mine:
+                return Lease.TAKEN_OVER if has_waited else Lease.HELD
+            has_waited = True
+            await asyncio.sleep(min(pause_s, deadline.left_s()))
+            pause_s = min(pause_s * 1.5, 0.2)
+
+    async def _renew(self, name: str, owner: str) -> None:
+        while True:
+            await asyncio.sleep(self._lease_ms / 3000)
+            await self._attempt("lease", lambda: self._pipelined([("EVAL", _RENEW, 1, name, owner, self._lease_ms)]))
+
+    async def _release(self, name: str, owner: str) -> None:
+        await self._attempt("lease", lambda: self._pipelined([("EVAL", _RELEASE, 1, name, owner)]))
+
+    # -- plans
+
+    async def recall(self, plan_key: str) -> bytes | None:
+        """What was remembered under a plan key (cache/keys.py), intact, or None."""
+        commands = [("GETEX", _plan_name(plan_key), "PX", self._ttl_ms)]
+        answers = await self._attempt("plan", lambda: self._pipelined(commands))
+        value = answers[0] if answers else None
+        if not isinstance(value, bytes):
+            return None
+        digest, plan = value[:32], value[32:]
+        return plan if digest == _plan_digest(plan_key, plan) else None
+
+    async def remember(self, plan_key: str, plan: bytes) -> None:
+        """Keep a few bytes under a plan key for as long as a record lives."""
+        value = _plan_digest(plan_key, plan) + plan
+        commands = [("SET", _plan_name(plan_key), value, "PX", self._ttl_ms)]
+        await self._attempt("plan", lambda: self._pipelined(commands))
+
+    # -- health
+
+    async def measure(self) -> bool:
+        """Set the gauges about the server; call it every few seconds. True when Redis answers."""
+        info = await self._attempt("info", self._redis.info)
+        if info is not None:
+            self._metrics.set(names.CACHE_USED_BYTES, info["used_memory"])
+            self._metrics.set(names.CACHE_EVICTED, info["evicted_keys"])
+        self._metrics.set(names.CACHE_UP, float(info is not None))
+        return info is not None
+
+    # -- inside
+
+    async def _present(self, refs: Sequence[TokensRef], form: RecordFormat) -> set[str] | None:
+        """Keys of the complete ones; None when Redis does not answer."""
+        commands = [("EXISTS", *_names(ref, form)) for ref in refs]
+        counts = await self._attempt("has", lambda: self._pipelined(commands))
+        if counts is None:
+            return None
+        complete = zip(refs, commands, counts, strict=True)
+        return {ref.key for ref, command, count in complete if count == len(command) - 1}
+
+    async def _verified(self, ref: TokensRef, form: RecordFormat, parts: Sequence[Any]) -> VisualTokens | None:
+        manifest, *shards = parts
+        if any(not isinstance(part, bytes) for part in parts):
+            self._metrics.add(names.CACHE_READS, outcome="miss")
+            return None
+        try:
+            tokens = await asyncio.to_thread(unpack, manifest, shards, ref, form)
+        except CorruptRecord as error:
+            self._metrics.add(names.CACHE_READS, outcome="corrupt")
+            _log.warning("a cached record is corrupt", extra=fields(key=ref.key, reason=str(error)))
+            return None
+        self._metrics.add(names.CACHE_READS, outcome="hit")
+        self._metrics.add(names.CACHE_BYTES, sum(map(len, shards)), direction="read")
+        return tokens
+
+    async def _pipelined(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
+        """Answers of all commands, in order; an error answer is in its place. One round trip per 32 commands."""
+        answers: list[Any] = []
+        for start in range(0, len(commands), _PIPELINE_DEPTH):
+            pipeline = self._redis.pipeline(transaction=False)
+            for command in commands[start : start + _PIPELINE_DEPTH]:
+                pipeline.execute_command(*command)
+            async with asyncio.timeout(self._timeout_s):
+                answers += await pipeline.execute(raise_on_error=False)
+        return answers
+
+    async def _attempt(self, operation: str, work: Callable[[], Awaitable[_T]]) -> _T | None:
+        """The one place where Redis fails: the result, or None when it does not answer."""
+        if not self._breaker.allows():
+            return None
+        started = time.perf_counter()
+        try:
+            result = await work()
+        except ResponseError as error:  # it answers, though not as we like
+            _log.warning("the cache refused", extra=fields(operation=operation, reason=str(error)))
+            return None
+        except (RedisError, OSError, TimeoutError) as error:
+            if self._breaker.failed():
+                _log.warning("the cache does not answer", extra=fields(operation=operation, reason=repr(error)))
+            self._metrics.set(names.CACHE_UP, 0)
+            return None
+        if self._breaker.succeeded():
+            _log.info("the cache answers")
+            self._metrics.set(names.CACHE_UP, 1)
+        self._metrics.observe(names.CACHE_SECONDS, time.perf_counter() - started, operation=operation)
+        return result
+
+
+class _Breaker:
+    """Closed while Redis answers; after a failure it lets one call through each `_PROBE_EVERY_S`."""
+
+    def __init__(self) -> None:
+        self._is_up: bool | None = None
+        self._next_probe_s = 0.0
+
+    def allows(self) -> bool:
+        if self._is_up is not False:
+            return True
+        now = time.monotonic()
+        if now < self._next_probe_s:
+            return False
+        self._next_probe_s = now + _PROBE_EVERY_S
+        return True
+
+    def failed(self) -> bool:
+        """True when this is news."""
+        was_up, self._is_up = self._is_up, False
+        self._next_probe_s = time.monotonic() + _PROBE_EVERY_S
+        return was_up is not False
+
+    def succeeded(self) -> bool:
+        """True when this is news."""
+        was_up, self._is_up = self._is_up, True
+        return was_up is not True
+
+
+def _name(key: str, part: str) -> str:
+    return f"nvila:{{{key}}}:{part}"
+
+
+def _names(ref: TokensRef, form: RecordFormat) -> list[str]:
+    """All that makes a record complete, manifest first."""
+    shards = form.shards(ref.tokens)
+    return [_name(ref.key, "m"), *(_name(ref.key, f"s{index}") for index in range(shards))]
+
+
+def _plan_name(plan_key: str) -> str:
+    return f"nvila:plan:{{{plan_key}}}"
+
+
+def _plan_digest(plan_key: str, plan: bytes) -> bytes:
+    return blake3(plan_key.encode() + plan, derive_key_context="nvila plan").digest()
