@@ -1,0 +1,337 @@
+"""A question on its way to a streamed answer: the page to read first.
+
+For each media item: open its bytes, plan its frames, cut them into chunks. For each chunk: decode its frames, name it
+by its content, look it up in the cache, have vision encode it if nobody has. As soon as every chunk has its name the
+decode service is called; it awaits the tokens itself, so its work and the last chunks' encoding overlap.
+
+The pipeline knows no service, only `ports.py`. Which frames are looked at is decided here, once; tiling is vision's
+business and the prompt's layout is decode's.
+
+When parts die (DESIGN §2.3-2.4): tokens that are lost, evicted or could not be published are encoded again and travel
+beside the cache; a vision call that fails is repeated; a generation that breaks off goes on where it was
+(`generation.py`). What cannot be mended within `recovery_s` ends as a typed error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Collection
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from nvila.cache.codec import RecordFormat
+from nvila.cache.keys import plan_key
+from nvila.errors import Cancelled, DeadlineExceeded, LimitExceeded, Unavailable
+from nvila.gateway.generation import Generation
+from nvila.gateway.media import ChunkState, MediaItem, PlanRecord, is_tiled
+from nvila.gateway.ports import Decoder, Fetcher, Frames, LocalMedia, Store, Vision
+from nvila.gateway.work import Clock, Patience, first_of, gather, stop
+from nvila.model import cost
+from nvila.model.config import NvilaConfig
+from nvila.telemetry import names
+from nvila.telemetry.metrics import Metrics
+from nvila.types import (
+    Chunk,
+    Coverage,
+    EncodeSettings,
+    Finished,
+    FinishReason,
+    MediaKind,
+    MediaSource,
+    ModelCard,
+    PromptUsage,
+    Question,
+    TextDelta,
+    TokensRef,
+)
+from nvila.video.plan import plan_frames
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """Last event of an answer."""
+
+    reason: FinishReason
+    usage: PromptUsage
+    completion_tokens: int
+    coverage: Coverage
+
+
+AnswerEvent = TextDelta | Answered
+Emit = Callable[[AnswerEvent], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineLimits:
+    """`chunk_frames`: most frames of one vision call, rounded down to a multiple of the model's temporal group.
+    `max_frames`: most frames of one video. `recovery_s`: how long a service behind may be away before a request gives
+    up on it."""
+
+    chunk_frames: int = 32
+    max_frames: int = 256
+    recovery_s: float = 20.0
+
+
+@dataclass(kw_only=True)
+class Pipeline:
+    """One for all requests. `model`: what is served, None until the decode service has described itself."""
+
+    fetcher: Fetcher
+    frames: Frames
+    store: Store
+    vision: Vision
+    decoder: Decoder
+    limits: PipelineLimits
+    metrics: Metrics
+    model: ModelCard | None = None
+
+    async def answer(self, question: Question) -> AsyncIterator[AnswerEvent]:
+        """The answer, piece by piece, then one `Answered`. Closing this iterator stops all work behind it.
+
+        The work runs in a task of its own, so that its spans, time limit and clean-up are plain `with` blocks however
+        the caller iterates. Raises an `NvilaError` when there is no answer.
+        """
+        events: asyncio.Queue[AnswerEvent | None] = asyncio.Queue()
+        work = asyncio.create_task(self._work(question, events.put_nowait))
+        work.add_done_callback(lambda _: events.put_nowait(None))
+        try:
+            while (event := await events.get()) is not None:
+                yield event
+            if work.cancelled():
+                raise Cancelled("the request was cancelled")
+            await work
+        finally:
+            await stop(work)
+
+    async def _work(self, question: Question, emit: Emit) -> None:
+        try:
+            async with asyncio.timeout(question.deadline.left_s()), AsyncExitStack() as files:
+                one = OneAnswer(self, question, await self.describe(), files)
+                emit(await one.follow(emit))
+        except TimeoutError:
+            raise DeadlineExceeded("the request's time is up") from None
+        except BaseExceptionGroup as group:
+            raise first_of(group) from None
+
+    async def describe(self) -> ModelCard:
+        """What is served. Asked of the decode service once, and again after a service behind was away."""
+        if self.model is None:
+            self.model = await self.decoder.describe()
+        return self.model
+
+    def check_budgets(self) -> list[str]:
+        """Reasons why the largest video that is allowed would not fit; empty when all is well (ANCHORS P9)."""
+        if self.model is None:
+            return ["the decode service has not described its model yet"]
+        config = NvilaConfig.from_json(self.model.config_json)
+        frames = min(self.limits.max_frames, config.max_frames) // config.temporal_group * config.temporal_group
+        levels = cost.levels(config, kind=MediaKind.VIDEO, is_tiled=False, frames=frames, pool_sizes=config.pool_sizes)
+        positions = cost.positions(config, kind=MediaKind.VIDEO, is_tiled=False, levels=levels)
+        if positions >= self.model.max_model_len:
+            return [f"{frames} frames make {positions:,} tokens, the language model takes {self.model.max_model_len:,}"]
+        return []
+
+
+class OneAnswer:
+    """One question's way through the services."""
+
+    def __init__(self, services: Pipeline, question: Question, card: ModelCard, files: AsyncExitStack) -> None:
+        self._services = services
+        self._question = question
+        self._card = card
+        self._files = files
+        self._config = NvilaConfig.from_json(card.config_json)
+        self._form = RecordFormat(
+            width=self._config.llm_width, dtype=card.token_dtype, vision_revision=card.vision_revision
+        )
+        self._clock = Clock(services.metrics)
+        self._items: list[MediaItem] = []
+
+    async def follow(self, emit: Emit) -> Answered:
+        with self._clock.stage("plan"):
+            self._items = await self._plan_all()
+        self._check_size()
+        async with asyncio.TaskGroup() as tasks:
+            encoding = tasks.create_task(self._encode_all())
+            for item in self._items:
+                await item.all_named()
+            generation = Generation(self._services.decoder, self._question, self._card, self._items, emit)
+            finished = await self._generate(generation, encoding)
+        for item in self._items:
+            if item.is_published():
+                await self._services.store.remember(item.plan_key, PlanRecord.of(item).to_bytes())
+        return self._sum_up(finished)
+
+    # -- planning: everything that can be known before any pixel is decoded
+
+    async def _plan_all(self) -> list[MediaItem]:
+        sources = self._question.media
+        opened = []
+        for source in sources:
+            with self._clock.stage("fetch"):
+                file = self._services.fetcher.open(source, self._question.tenant, self._question.deadline)
+                opened.append(await self._files.enter_async_context(file))
+        kinds = [source.kind for source in sources]
+        return await gather(
+            self._plan(source, file, is_tiled(source.kind, kinds, self._config.image_mode))
+            for source, file in zip(sources, opened, strict=True)
+        )
+
+    async def _plan(self, source: MediaSource, file: LocalMedia, tiled: bool) -> MediaItem:
+        services, limits = self._services, self._services.limits
+        is_video = source.kind is MediaKind.VIDEO
+        settings = EncodeSettings(
+            kind=source.kind,
+            is_tiled=tiled,
+            pool_sizes=self._config.pool_sizes if is_video else (),
+            token_dtype=self._card.token_dtype,
+            vision_revision=self._card.vision_revision,
+        )
+        name = plan_key(file.digest, source.sampling, limits.chunk_frames, settings, self._question.tenant)
+        remembered = PlanRecord.from_bytes(await services.store.recall(name))
+        if remembered is not None:
+            item = remembered.item(source, file, settings, name)
+            await self._reuse(item)
+            return item
+        info = await services.frames.probe(file.path, source.kind, self._question.deadline)
+        max_frames = min(self._config.max_frames, limits.max_frames)
+        plan = plan_frames(
+            source.sampling,
+            info,
+            default_frames=self._config.default_frames,
+            max_frames=max_frames,
+            group=self._config.temporal_group if is_video else 1,
+            chunk_frames=limits.chunk_frames,
+        )
+        times_s = info.times_s()
+        return MediaItem(
+            source=source,
+            file=file,
+            settings=settings,
+            plan_key=name,
+            frames_asked=plan.frames_asked,
+            width_px=info.width_px,
+            height_px=info.height_px,
+            chunks=[ChunkState(run=run, expected_s=tuple(times_s[list(run.indices)].tolist())) for run in plan.runs],
+        )
+
+    async def _reuse(self, item: MediaItem) -> None:
+        """The file was asked about in the same way before: chunks whose tokens are still there need no decoding."""
+        there = await self._services.store.has(item.refs(), self._form)
+        for chunk in item.chunks:
+            assert chunk.facts is not None, "a remembered chunk has facts"
+            if chunk.facts.ref is None or chunk.facts.ref.key in there:
+                chunk.is_reused = chunk.facts.ref is not None
+                chunk.is_named.set()
+            else:
+                chunk.facts = None
+
+    def _check_size(self) -> None:
+        """Refuse what cannot fit before any pixel is decoded. The decode service checks exactly, with the text."""
+        visual = sum(item.expected_positions(self._config) for item in self._items)
+        answer, longest = self._question.sampling.max_tokens, self._card.max_model_len
+        if visual + answer >= longest:
+            raise LimitExceeded(
+                f"visual tokens: {visual:,} asked, at most {max(longest - answer, 0):,} allowed ({longest:,} of the "
+                f"model less {answer:,} for the answer); ask for fewer frames, fewer media or a shorter answer",
+                param="messages",
+            )
+
+    # -- encoding: chunk -> frames -> name -> cache -> vision
+
+    async def _encode_all(self, lost: Collection[str] | None = None) -> None:
+        """See that all chunks' tokens are in the cache; or, given keys that it did not keep, in hand."""
+        await gather(
+            self._encode(item, chunk, again=lost is not None)
+            for item in self._items
+            for chunk in item.chunks
+            if (chunk.facts is None if lost is None else chunk.is_lost(lost))
+        )
+
+    async def _encode(self, item: MediaItem, chunk: ChunkState, *, again: bool) -> None:
+        deadline = self._question.deadline
+        kind = item.source.kind
+        group = self._config.temporal_group if kind is MediaKind.VIDEO else 1
+        takes_whole = kind is MediaKind.IMAGE and (item.settings.is_tiled or self._config.image_mode == "pad")
+        size_px = None if takes_whole else self._config.tile_px
+        async with AsyncExitStack() as held:
+            with self._clock.stage("video", nvila__media__kind=kind) as current:
+                decoding = self._services.frames.decode(item.file.path, kind, chunk.run, size_px, group, deadline)
+                decoded = await held.enter_async_context(decoding)
+                current.set_attribute(names.ATTR_FRAMES_DECODED, len(decoded.times_s))
+                current.set_attribute(names.ATTR_FRAMES_DROPPED, len(decoded.missing))
+            ref = item.name(chunk, decoded, self._config, self._question.tenant)
+            if ref is None:
+                return
+            if not again:
+                with self._clock.stage("cache") as current:
+                    lease = await held.enter_async_context(self._services.store.lease(ref, self._form, deadline))
+                    current.set_attribute(names.ATTR_CACHE_HIT, not lease.must_encode)
+                if not lease.must_encode:
+                    chunk.is_reused = True
+                    return
+            await self._have_encoded(item, chunk, decoded, ref, want_inline=again)
+
+    async def _have_encoded(
+        self, item: MediaItem, chunk: ChunkState, decoded: Chunk, ref: TokensRef, *, want_inline: bool
+    ) -> None:
+        vision, deadline = self._services.vision, self._question.deadline
+        patience = Patience("vision", self._services.limits.recovery_s, self._services.metrics)
+        while True:
+            try:
+                with self._clock.stage("vision", nvila__chunk__frames=len(decoded.frames_FHWC)) as current:
+                    encoded = await vision.encode(
+                        decoded, ref, item.settings, want_inline=want_inline, deadline=deadline
+                    )
+                    current.set_attribute(names.ATTR_TILES, encoded.tiles)
+                break
+            except Unavailable as error:
+                self._services.model = None
+                await patience.wait(error)
+        self._clock.add_parts("vision", encoded.stage_ms)
+        chunk.is_reused = False
+        chunk.encoded_frames += len(decoded.times_s)
+        chunk.tiles += encoded.tiles
+        chunk.inline = encoded.inline
+
+    # -- decoding
+
+    async def _generate(self, generation: Generation, encoding: asyncio.Task[None]) -> Finished:
+        """Generate until it ends well, mending what breaks on the way."""
+        patience = Patience("decode", self._services.limits.recovery_s, self._services.metrics)
+        while True:
+            said = len(generation.token_ids)
+            try:
+                with self._clock.stage("decode"):
+                    outcome = await generation.attempt(encoding)
+            except Unavailable as error:
+                self._services.model = None
+                if len(generation.token_ids) > said:
+                    patience.renew()
+                await patience.wait(error)
+                continue
+            if isinstance(outcome, Finished):
+                if generation.first_at is not None:
+                    self._clock.mark("first_token", generation.first_at)
+                return outcome
+            self._services.metrics.add(names.RECOVERIES, cause="tokens_missing")
+            await encoding
+            await self._encode_all(lost=outcome.keys)
+
+    # -- the account
+
+    def _sum_up(self, finished: Finished) -> Answered:
+        self._clock.add_parts("decode", finished.stage_ms)
+        media = tuple(item.coverage(self._config) for item in self._items)
+        metrics, usage = self._services.metrics, finished.prompt
+        for fate in ("decoded", "encoded", "reused", "dropped"):
+            metrics.add(names.FRAMES, sum(getattr(one, f"frames_{fate}") for one in media), fate=fate)
+        counts = {"text": usage.text, "image": usage.image, "video": usage.video, "cached": usage.cached}
+        for kind, tokens in {**counts, "completion": finished.completion_tokens}.items():
+            metrics.add(names.TOKENS, tokens, kind=kind)
+        return Answered(
+            reason=finished.reason,
+            usage=usage,
+            completion_tokens=finished.completion_tokens,
+            coverage=Coverage(media=media, stage_ms=self._clock.summary()),
+        )
