@@ -175,7 +175,7 @@ class Checkpoint:
                 tensor = weights[name]
                 digest.update(f"\n{part}.{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
                 if math.prod(tensor.shape):
-                    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+                    digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
 
 

@@ -5,6 +5,7 @@ F frames · N tiles · T tokens · C channels · D language-model width.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -57,6 +58,6 @@ def pool_levels(x_FTD: Tensor, pool_sizes: Sequence[tuple[int, int, int]]) -> tu
 
 
 def square_side(tokens: int) -> int:
-    side = round(tokens**0.5)
+    side = math.isqrt(tokens)
     assert side * side == tokens, f"{tokens} tokens are no square"
     return side

@@ -40,7 +40,9 @@ def split_chessboard(x_NCHW: Tensor, rows: int, columns: int) -> Tensor:
 
 def tokens_to_maps(x_NTC: Tensor) -> Tensor:
     """(N, side², C) row-major to (N, C, side, side)."""
-    return x_NTC.transpose(1, 2).unflatten(2, (square_side(x_NTC.shape[1]), -1))
+    tiles, tokens, channels = x_NTC.shape
+    side = square_side(tokens)
+    return x_NTC.transpose(1, 2).reshape(tiles, channels, side, side)
 
 
 def merge_scales(

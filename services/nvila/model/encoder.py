@@ -110,7 +110,7 @@ class VisionEncoder:
     def encode(self, frames_FHWC: NDArray[np.uint8], settings: EncodeSettings) -> tuple[Tensor, tuple[Level, ...]]:
         """All three steps, for use in process."""
         prepared = self.prepare(frames_FHWC, settings)
-        features = torch.cat([self.tower(tiles) for tiles in prepared.pixels_N3SS.split(TOWER_TILES)])
+        features = torch.cat([self.tower(tiles) for tiles in torch.split(prepared.pixels_N3SS, TOWER_TILES)])
         return self.finish(features, prepared, settings)
 
     def _project_scales(self, features_NTC: Tensor, block_size: BlockSize) -> Tensor:
@@ -120,9 +120,9 @@ class VisionEncoder:
     def _project_tiles(self, features_NTC: Tensor) -> Tensor:
         """Tiles on their own; a Dynamic-S2 projector gets their channels once per scale (spec §3.3)."""
         if self.config.image_mode is ImageMode.DYNAMIC_S2:
-            runs = [self._project(run.repeat(1, 1, self.config.scales)) for run in features_NTC.split(TOWER_TILES)]
+            runs = [self._project(run.repeat(1, 1, self.config.scales)) for run in torch.split(features_NTC, TOWER_TILES)]
             return torch.cat(runs)
         return self._project(features_NTC)
 
     def _project(self, x_NTC: Tensor) -> Tensor:
-        return torch.cat([self._projector(run) for run in x_NTC.split(TOWER_TILES)])
+        return torch.cat([self._projector(run) for run in torch.split(x_NTC, TOWER_TILES)])

@@ -18,7 +18,7 @@ from jinja2 import TemplateError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
-from nvila.errors import InvalidCheckpoint
+from nvila.errors import InvalidCheckpoint, InvalidRequest
 
 SENTINEL, IMAGE, VIDEO = "<vila/sentinel>", "<image>", "<vila/video>"
 MEDIA_TOKENS = (SENTINEL, IMAGE, VIDEO)
@@ -120,9 +120,10 @@ class ChatTokenizer:
         """The chat template around (role, content) pairs."""
         turns = [{"role": role, "content": content} for role, content in messages]
         try:
-            return self._compiled.render(messages=turns, add_generation_prompt=add_generation_prompt)
+            text: str = self._compiled.render(messages=turns, add_generation_prompt=add_generation_prompt)
         except TemplateError as error:
-            raise InvalidCheckpoint(f"the chat template cannot render this conversation: {error}") from error
+            raise InvalidRequest(f"the chat template cannot render this conversation: {error}") from error
+        return text
 
     @cached_property
     def stop_ids(self) -> tuple[int, ...]:
@@ -149,7 +150,8 @@ def _build(folder: Path, settings: dict[str, Any]) -> Tokenizer:
     """Qwen2's tokenizer from `vocab.json`, `merges.txt` and the lists of added tokens."""
     vocabulary: dict[str, int] = _read_json(folder / "vocab.json")
     lines = _read_text(folder / "merges.txt").splitlines()
-    merges = [tuple(line.split(" ")) for line in lines if line and not line.startswith("#version")]
+    pairs = [line.partition(" ") for line in lines if line and not line.startswith("#version")]
+    merges = [(left, right) for left, _, right in pairs]
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -183,7 +185,8 @@ def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, AddedToke
 
 def _content(token: Any) -> str | None:
     """A token in a configuration file is a string or a description with `content`."""
-    return token["content"] if isinstance(token, dict) else token
+    content: str | None = token["content"] if isinstance(token, dict) else token
+    return content
 
 
 def _read_text(path: Path) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -17,10 +18,10 @@ class Weights:
 
     def __init__(self, folder: Path) -> None:
         self._label = folder.name
-        self._files: dict[str, safe_open] = {}
+        self._files: dict[str, Any] = {}
         for path in _files(folder):
             try:
-                opened = safe_open(path, framework="pt", device="cpu")
+                opened: Any = safe_open(path, framework="pt", device="cpu")
             except (OSError, SafetensorError) as error:
                 raise InvalidCheckpoint(f"{self._label}/{path.name} cannot be read: {error}") from error
             self._files |= dict.fromkeys(opened.keys(), opened)

@@ -1,0 +1,264 @@
+"""Where visual tokens stand among the text (NVILA-SPEC §5.3, §6.2-6.4): a conversation to a layout, a layout to embeddings.
+
+The chat template never sees what users wrote: it is rendered around stand-ins, and control tokens are read only from what
+the template itself says. So no text of a user can open a turn, close one, or pose as media.
+
+P prompt positions · T visual tokens of a record · D language-model width.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from nvila.errors import InvalidRequest
+from nvila.model.config import ImageMode, NvilaConfig
+from nvila.model.cost import join_levels, wrap_of
+from nvila.model.tokenizer import IMAGE, VIDEO, ChatTokenizer
+from nvila.types import MediaKind, MediaPart, Message, PromptMedia, PromptUsage, Role, TextPart
+
+
+@dataclass(frozen=True)
+class TextIds:
+    """A run of text."""
+
+    ids: tuple[int, ...]
+
+    @property
+    def positions(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Block:
+    """One tile, frame, pooled frame or whole Dynamic-S2 image: `tokens` rows of record `key` from `first_row` on.
+
+    `media`, `record`, `level`, `block` say which: the media item, its record (chunk), the pooling level, and the block
+    within the record's level. `before` and `after`: text ids whose embeddings surround the rows; the last block of a
+    pooling level carries the separator too.
+    """
+
+    media: int
+    kind: MediaKind
+    record: int
+    level: int
+    block: int
+    key: str
+    first_row: int
+    tokens: int
+    before: tuple[int, ...]
+    after: tuple[int, ...]
+
+    @property
+    def positions(self) -> int:
+        return len(self.before) + self.tokens + len(self.after)
+
+
+Segment = TextIds | Block
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A prompt in order. `usage.cached` is 0: only the engine knows."""
+
+    segments: tuple[Segment, ...]
+
+    @property
+    def usage(self) -> PromptUsage:
+        """Positions by modality; the newlines between the tiles of a `dynamic` image are text."""
+        image = sum(s.positions for s in self.segments if isinstance(s, Block) and s.kind is MediaKind.IMAGE)
+        video = sum(s.positions for s in self.segments if isinstance(s, Block) and s.kind is MediaKind.VIDEO)
+        text = sum(s.positions for s in self.segments if isinstance(s, TextIds))
+        return PromptUsage(text=text, image=image, video=video)
+
+    @property
+    def keys(self) -> tuple[str, ...]:
+        """The records needed, in the order of first use."""
+        return tuple(dict.fromkeys(s.key for s in self.segments if isinstance(s, Block)))
+
+
+def lay_out(
+    messages: Sequence[Message], media: Sequence[PromptMedia], tokenizer: ChatTokenizer, config: NvilaConfig
+) -> Layout:
+    """The prompt of a conversation, ready for the answer.
+
+    Raises `InvalidRequest` for no messages, media in a system message, a media item that no part or more than one part
+    stands for, and records that disagree about their layout.
+    """
+    _check(messages, media)
+    blocks = [tuple(_blocks(index, item, config)) for index, item in enumerate(media)]
+    contents = [_content(message, media, blocks, config) for message in messages]
+    rendered = tokenizer.render([(message.role.value, _stand_in(i)) for i, message in enumerate(messages)])
+    return Layout(tuple(_joined(_fill(tokenizer.split_markup(rendered), contents), tokenizer)))
+
+
+def splice(
+    segments: Iterable[Segment], embed: Callable[[Tensor], Tensor], values_by_key: Mapping[str, Tensor]
+) -> Tensor:
+    """Input embeddings (P, D) of segments, or of a first part of them, in the dtype and on the device of `embed`'s rows.
+
+    `embed`: int64 ids (n,) to rows (n, D) of the language model's table. `values_by_key`: (T, D) of every record named.
+    Raises `InvalidRequest` when a record has too few rows or another width.
+    """
+    segments = tuple(segments)
+    ids = [i for s in segments for i in (s.ids if isinstance(s, TextIds) else s.before + s.after)]
+    text_PD = embed(torch.tensor(ids, dtype=torch.long))
+    pieces: list[Tensor] = []
+    at = 0
+    for segment in segments:
+        if isinstance(segment, TextIds):
+            pieces.append(text_PD[at : at + len(segment.ids)])
+            at += len(segment.ids)
+            continue
+        middle, end = at + len(segment.before), at + len(segment.before) + len(segment.after)
+        pieces += [text_PD[at:middle], _rows(segment, values_by_key[segment.key], text_PD), text_PD[middle:end]]
+        at = end
+    return torch.cat(pieces)
+
+
+def _rows(block: Block, values_TD: Tensor, like: Tensor) -> Tensor:
+    last = block.first_row + block.tokens
+    if values_TD.ndim != 2 or len(values_TD) < last or values_TD.shape[1] != like.shape[1]:
+        raise InvalidRequest(
+            f"record {block.key} is {tuple(values_TD.shape)}; at least {last} rows of width {like.shape[1]} are needed"
+        )
+    return values_TD[block.first_row : last].to(device=like.device, dtype=like.dtype)
+
+
+def _check(messages: Sequence[Message], media: Sequence[PromptMedia]) -> None:
+    if not messages:
+        raise InvalidRequest("a conversation needs at least one message", param="messages")
+    used: list[int] = []
+    for message in messages:
+        if message.role not in set(Role):
+            raise InvalidRequest(f"unknown role {message.role!r}; known: {', '.join(Role)}", param="messages")
+        indices = [part.index for part in message.parts if isinstance(part, MediaPart)]
+        if indices and message.role is Role.SYSTEM:
+            raise InvalidRequest("a system message cannot hold media", param="messages")
+        used += indices
+    if sorted(used) != list(range(len(media))):
+        raise InvalidRequest(f"{len(media)} media items came; the messages stand for items {sorted(used)}", param="messages")
+
+
+# -- media ------------------------------------------------------------------------------------------------------------
+
+
+def _blocks(index: int, item: PromptMedia, config: NvilaConfig) -> Iterator[Block]:
+    """All blocks of a media item: level by level over the whole item, and within a level record by record."""
+    levels = join_levels(record.levels for record in item.records)
+    if not levels or not all(level.blocks and level.tokens for level in levels):
+        raise InvalidRequest(f"media item {index} has no visual tokens")
+    wrap = wrap_of(config, item.kind)
+    for depth, level in enumerate(levels):
+        places = [(r, b) for r, record in enumerate(item.records) for b in range(record.levels[depth].blocks)]
+        for record_index, block in places:
+            record = item.records[record_index]
+            above = sum(earlier.blocks * earlier.tokens for earlier in record.levels[:depth])
+            yield Block(
+                media=index,
+                kind=item.kind,
+                record=record_index,
+                level=depth,
+                block=block,
+                key=record.key,
+                first_row=above + block * level.tokens,
+                tokens=level.tokens,
+                before=wrap.start,
+                after=wrap.end + (wrap.sep if (record_index, block) == places[-1] else ()),
+            )
+
+
+def _is_woven_with_text(item: PromptMedia, config: NvilaConfig) -> bool:
+    """Tiles of a `dynamic` image are images of their own, each followed by a newline of text (spec §2.6)."""
+    return item.kind is MediaKind.IMAGE and item.is_tiled and config.image_mode is ImageMode.DYNAMIC
+
+
+# -- text -------------------------------------------------------------------------------------------------------------
+
+Piece = str | Block
+
+
+def _content(
+    message: Message, media: Sequence[PromptMedia], blocks: Sequence[tuple[Block, ...]], config: NvilaConfig
+) -> list[Piece]:
+    """A message's text and blocks in order, stripped at both ends as the reference strips it."""
+    pieces: list[Piece] = []
+    for part in message.parts:
+        if isinstance(part, TextPart):
+            pieces.append(_without_markers(part.text))
+            continue
+        is_woven = _is_woven_with_text(media[part.index], config)
+        for block in blocks[part.index]:
+            pieces += [block, "\n"] if is_woven else [block]
+    pieces = list(_merged(pieces))
+    if pieces and isinstance(pieces[0], str):
+        pieces[0] = pieces[0].lstrip()
+    if pieces and isinstance(pieces[-1], str):
+        pieces[-1] = pieces[-1].rstrip()
+    return pieces
+
+
+def _without_markers(text: str) -> str:
+    """Text with media markers taken out, and stripped if there were any (`extract_media` in llava/utils/media.py)."""
+    for marker in (IMAGE, VIDEO):
+        if marker in text:
+            text = text.replace(marker, "").strip()
+    return text
+
+
+def _stand_in(index: int) -> str:
+    return f"\ue000{index}\ue001"
+
+
+def _fill(markup: Iterable[int | str], contents: Sequence[list[Piece]]) -> Iterator[int | Piece]:
+    """The rendered template with each stand-in replaced by the message's content."""
+    for piece in markup:
+        if isinstance(piece, int):
+            yield piece
+            continue
+        for position, text in enumerate(re.split("\ue000(\\d+)\ue001", piece)):
+            if position % 2:
+                yield from contents[int(text)]
+            else:
+                yield text
+
+
+def _merged(pieces: Iterable[Piece]) -> Iterator[Piece]:
+    """Neighbouring texts joined: words may run across parts."""
+    text = ""
+    for piece in pieces:
+        if isinstance(piece, str):
+            text += piece
+            continue
+        if text:
+            yield text
+        text = ""
+        yield piece
+    if text:
+        yield text
+
+
+def _joined(pieces: Iterable[int | Piece], tokenizer: ChatTokenizer) -> Iterator[Segment]:
+    """Text encoded in the longest runs that no control token or media interrupts, ids joined between media."""
+    ids: list[int] = []
+    text = ""
+    for piece in pieces:
+        if isinstance(piece, str):
+            text += piece
+            continue
+        ids += tokenizer.encode(text)
+        text = ""
+        if isinstance(piece, int):
+            ids.append(piece)
+            continue
+        if ids:
+            yield TextIds(tuple(ids))
+        ids = []
+        yield piece
+    ids += tokenizer.encode(text)
+    if ids:
+        yield TextIds(tuple(ids))
