@@ -1,0 +1,34 @@
+"""Which checkpoint a stack serves: the one that was named, or the tiny random one, made on first use."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nvila.cli.state import home
+from nvila.errors import InvalidRequest
+
+
+def find_model(named: str | None) -> Path:
+    """The checkpoint's folder. Raises `InvalidRequest` when it was named and is none."""
+    if named is None:
+        return random_model()
+    folder = Path(named).expanduser()
+    if not (folder / "config.json").is_file():
+        raise InvalidRequest(f"--model {named}: not a checkpoint folder, there is no config.json in it")
+    return folder
+
+
+def random_model() -> Path:
+    """A deterministic tiny checkpoint with random weights. Making it takes a few seconds, once."""
+    folder = home() / "models" / "random-tiny"
+    if not (folder / "config.json").is_file():
+        from nvila.cli.show import console, waiting  # heavy, and only needed here
+        from nvila.model.tiny import make_random_checkpoint
+
+        beside = folder.with_name(f".{folder.name}.new")
+        with waiting("making a tiny checkpoint with random weights (first use)"):
+            beside.parent.mkdir(parents=True, exist_ok=True)
+            make_random_checkpoint(beside)
+            beside.rename(folder)
+        console.print("[dim]made a tiny checkpoint with random weights: [bold]its words mean nothing[/][/]")
+    return folder

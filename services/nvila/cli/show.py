@@ -1,0 +1,184 @@
+"""What a person sees: live lines on a terminal, plain lines elsewhere. All of it on stderr; stdout is for results."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from nvila.cli.lifecycle import log_tail
+from nvila.cli.state import PartPhase, PartState, Phase, StackFolder, StackState
+
+console = Console(stderr=True, highlight=False)
+
+TITLES = {"cache": "Redis", "vision": "Triton", "decode": "Ray Serve + vLLM", "gateway": "FastAPI"}
+"""What each part runs on."""
+
+_STYLES = {
+    PartPhase.READY: ("✓", "green"),
+    PartPhase.FAILED: ("✗", "bold red"),
+    PartPhase.RESTARTING: ("↻", "yellow"),
+    PartPhase.STOPPED: ("·", "dim"),
+}
+
+
+class Progress:
+    """Follows a stack's states: a table that moves on a terminal, a line per change elsewhere, nothing when quiet."""
+
+    def __init__(self, folder: StackFolder, *, is_quiet: bool = False) -> None:
+        self._folder = folder
+        self._is_quiet = is_quiet
+        self._live = Live(console=console, refresh_per_second=10, transient=False) if console.is_terminal else None
+        self._spinners: dict[str, Spinner] = {}
+        self._said: dict[str, str] = {}
+
+    def __enter__(self) -> Progress:
+        if self._live is not None and not self._is_quiet:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None and not self._is_quiet:
+            self._live.stop()
+
+    def show(self, state: StackState) -> None:
+        if self._is_quiet:
+            return
+        if self._live is not None:
+            self._live.update(_Lines(self._folder, state, self._spinners))
+            return
+        for name, part in state.parts.items():
+            line = f"{part.phase}{_took(part)}{' - ' + part.reason if part.reason else ''}"
+            if part.phase is not PartPhase.WAITING and self._said.get(name) != line:
+                self._said[name] = line
+                console.print(f"{name:8} {TITLES.get(name, ''):17} {line}")
+
+
+class _Lines:
+    """Drawn anew at each refresh, so that seconds count and spinners turn between changes."""
+
+    def __init__(self, folder: StackFolder, state: StackState, spinners: dict[str, Spinner]) -> None:
+        self._folder, self._state, self._spinners = folder, state, spinners
+
+    def __rich__(self) -> RenderableType:
+        grid = Table.grid(padding=(0, 2, 0, 0))
+        grid.add_column(width=2)
+        grid.add_column(style="bold")
+        grid.add_column(style="dim")
+        grid.add_column(justify="right")
+        grid.add_column(style="dim", no_wrap=True, overflow="ellipsis", ratio=1)
+        for name, part in self._state.parts.items():
+            grid.add_row(self._sign(name, part), name, TITLES.get(name, ""), _seconds(part), self._note(name, part))
+        return grid
+
+    def _sign(self, name: str, part: PartState) -> RenderableType:
+        if part.phase in _STYLES:
+            sign, style = _STYLES[part.phase]
+            return Text(sign, style=style)
+        return self._spinners.setdefault(name, Spinner("dots", style="cyan"))
+
+    def _note(self, name: str, part: PartState) -> str:
+        if part.reason:
+            return part.reason
+        if part.phase is PartPhase.READY:
+            return f"port {part.port}"
+        if part.phase is PartPhase.STARTING:
+            return _last_event(self._folder, name)
+        return str(part.phase)
+
+
+def _seconds(part: PartState) -> str:
+    if part.phase is PartPhase.STARTING:
+        return f"{max(time.time() - part.since_s, 0):.0f} s"
+    return f"{part.took_s:.1f} s" if part.took_s is not None else ""
+
+
+def _took(part: PartState) -> str:
+    return f" after {part.took_s:.1f} s" if part.phase is PartPhase.READY and part.took_s is not None else ""
+
+
+def _last_event(folder: StackFolder, part: str) -> str:
+    """The last thing a part said, in few words."""
+    for line in reversed(log_tail(folder, part)):
+        try:
+            said = json.loads(line)["event"]
+        except (ValueError, KeyError, TypeError):
+            said = line
+        said = " ".join(str(said).split())
+        if any(letter.isalpha() for letter in said):
+            return said[:100]
+    return ""
+
+
+@contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """A spinner while something is awaited; nothing where there is no terminal."""
+    if not console.is_terminal:
+        yield
+        return
+    with console.status(what, spinner="dots"):
+        yield
+
+
+def print_json(value: Any) -> None:
+    json.dump(value, sys.stdout, indent=2)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+
+
+def phase_text(phase: Phase | PartPhase | str) -> Text:
+    style = {"ready": "green", "failed": "bold red", "restarting": "yellow", "starting": "cyan"}.get(str(phase), "dim")
+    return Text(str(phase), style=style)
+
+
+def coverage(report: dict[str, Any]) -> RenderableType:
+    """What an answer stands on, as a small table: `report` is the API's coverage object."""
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim", pad_edge=False)
+    for title in ("media", "frames", "decoded", "encoded", "from cache", "dropped", "chunks", "tokens", "time range"):
+        table.add_column(title, justify="left" if title in ("media", "time range") else "right")
+    for media in report.get("media", []):
+        is_video = media["kind"] == "video"
+        reused = media["frames_reused"]
+        table.add_row(
+            media["kind"],
+            str(media["frames_asked"]),
+            str(media["frames_decoded"]),
+            str(media["frames_encoded"]),
+            Text(str(reused), style="green" if reused else ""),
+            Text(str(media["frames_dropped"]), style="yellow" if media["frames_dropped"] else ""),
+            str(media["chunks"]),
+            f"{media['tokens']:,}",
+            f"{media['start_s']:.1f}–{media['end_s']:.1f} s" if is_video else "",
+        )
+    gaps = [
+        Text(f"gap {gap['start_s']:.1f}–{gap['end_s']:.1f} s: {gap['reason']}", style="yellow")
+        for media in report.get("media", [])
+        for gap in media.get("gaps", [])
+    ]
+    return Group(table, *gaps)
+
+
+def stages(stage_ms: dict[str, float]) -> RenderableType:
+    """Milliseconds per stage in one line; parts of stages (`vision.tower`) are left to `--json`."""
+    line = Text()
+    for name, ms in stage_ms.items():
+        if "." in name or name == "total":
+            continue
+        line.append(f"{name.replace('_', ' ')} ", style="dim")
+        line.append(f"{_ms(ms)}   ", style="bold" if name == "first_token" else "")
+    line.append("total ", style="dim")
+    line.append(_ms(stage_ms.get("total", 0.0)))
+    return line
+
+
+def _ms(ms: float) -> str:
+    return f"{ms / 1000:.2f} s" if ms >= 1000 else f"{ms:.0f} ms"

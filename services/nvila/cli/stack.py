@@ -1,0 +1,286 @@
+"""What a stack is made of: its configuration, and for each part the command, the environment and the question "ready?".
+
+The only place that turns one `StackConfig` into the programs' own settings. Light: the supervisor stays small.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import re
+import secrets
+import socket
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from nvila.cache import server as cache_server
+from nvila.cli.processes import Identity
+from nvila.cli.state import StackFolder, StackState, write_whole
+from nvila.errors import InvalidRequest
+
+HOST = "127.0.0.1"
+"""Parts listen on loopback only. Anything wider is the work of docker-compose.yml or the chart."""
+
+STOP_ORDER: Sequence[Sequence[str]] = (("gateway",), ("decode", "vision"), ("cache",))
+"""From the door inwards: nothing that still answers loses what it stands on."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A program's command line, and its environment on top of the supervisor's own."""
+
+    argv: Sequence[str]
+    environment: Mapping[str, str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """How one program is started and stopped.
+
+    `command` is asked at every start, and may write files. `is_ready` must answer within about a second. `drain_s`:
+    how long it may take to finish its work after SIGTERM. `shared_memory`: prefixes in /dev/shm that only it uses.
+    """
+
+    name: str
+    port: int
+    command: Callable[[], Command]
+    is_ready: Callable[[], bool]
+    drain_s: float = 10.0
+    shared_memory: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ports:
+    gateway: int
+    gateway_grpc: int
+    cache: int
+    vision_http: int
+    vision_grpc: int
+    vision_metrics: int
+    decode_grpc: int
+    decode_http: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StackConfig:
+    """`model`: an NVILA checkpoint folder. `engine`: what generates text. `cache_bytes`: memory for visual tokens."""
+
+    name: str
+    stack_id: str
+    model: str
+    ports: Ports
+    api_key: str
+    cache_password: str
+    engine: Literal["vllm", "transformers"] = "vllm"
+    log_level: str = "INFO"
+    cache_bytes: int = 1 << 30
+    start_timeout_s: float = 300.0
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.ports.gateway}"
+
+    def write(self, folder: StackFolder) -> None:
+        write_whole(folder.config, json.dumps(asdict(self), indent=1))
+
+    @classmethod
+    def read(cls, folder: StackFolder) -> StackConfig:
+        record: dict[str, Any] = json.loads(folder.config.read_text())
+        return cls(**{**record, "ports": Ports(**record["ports"])})
+
+
+def configure(
+    *,
+    name: str,
+    model: Path,
+    port: int | None = None,
+    base_port: int | None = None,
+    api_key: str | None = None,
+    engine: Literal["vllm", "transformers"] = "vllm",
+    log_level: str = "INFO",
+) -> StackConfig:
+    """A configuration with what was not said filled in: free ports, a new API key."""
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", name) or name == "models":
+        raise InvalidRequest(f"stack name {name!r}: at most 31 of a-z, 0-9 and '-', not 'models'")
+    return StackConfig(
+        name=name,
+        stack_id=f"{name}-{uuid.uuid4().hex[:12]}",
+        model=str(model.absolute()),
+        ports=choose_ports(port=port, base_port=base_port),
+        api_key=api_key or f"nvila-{secrets.token_urlsafe(24)}",
+        cache_password=secrets.token_urlsafe(24),
+        engine=engine,
+        log_level=log_level,
+    )
+
+
+# -- ports ------------------------------------------------------------------------------------------------------------
+
+
+def choose_ports(*, port: int | None = None, base_port: int | None = None) -> Ports:
+    """`base_port`: that and the following ones, in the order of `Ports`. Otherwise free ones; `port` for the gateway's
+    HTTP, which without it is 8000 when that is free."""
+    names = [field.name for field in fields(Ports)]
+    if base_port is not None:
+        chosen = dict(zip(names, range(base_port, base_port + len(names)), strict=True))
+        if taken := [number for number in chosen.values() if not _is_free(number)]:
+            raise InvalidRequest(f"--base-port {base_port}: port {taken[0]} is in use")
+        return Ports(**chosen)
+    if port is not None and not _is_free(port):
+        raise InvalidRequest(f"--port {port}: the port is in use")
+    first = port or (8000 if _is_free(8000) else None)
+    rest = _free_ports()
+    return Ports(**{name: first if name == "gateway" and first else next(rest) for name in names})
+
+
+def _free_ports() -> Iterator[int]:
+    """Below the range that outgoing connections use (32768 and up on Linux), so that none is taken between now and a
+    part's start."""
+    for number in random.sample(range(20_000, 32_000), 12_000):
+        if _is_free(number):
+            yield number
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+        return True
+
+
+# -- the parts --------------------------------------------------------------------------------------------------------
+
+
+def parts(config: StackConfig, folder: StackFolder) -> tuple[Part, ...]:
+    """All parts, in the order in which data passes them. None needs another to start, so they start together."""
+    return (_cache(config, folder), _vision(config, folder), _decode(config, folder), _gateway(config, folder))
+
+
+def new_state(config: StackConfig, parts: Sequence[Part]) -> StackState:
+    """The state of a stack that this process, its supervisor, is about to start."""
+    me = Identity.of(os.getpid())
+    assert me is not None, "this process lives"
+    return StackState(
+        name=config.name,
+        stack_id=config.stack_id,
+        supervisor=me,
+        started_s=time.time(),
+        shared_memory=tuple(prefix for part in parts for prefix in part.shared_memory),
+        scratch=(str(ray_folder(config)),),
+    )
+
+
+def redis_url(config: StackConfig) -> str:
+    return f"redis://:{config.cache_password}@{HOST}:{config.ports.cache}/0"
+
+
+def shared_memory_prefix(config: StackConfig, part: str) -> str:
+    """Short, because some programs add much of their own: `nv-` and ten letters of the stack's id."""
+    return f"nv-{config.stack_id[-10:]}-{part[0]}"
+
+
+def ray_folder(config: StackConfig) -> Path:
+    """Outside the stack's folder, whose path may be long: those of Ray's sockets may have 107 bytes."""
+    return Path(tempfile.gettempdir()) / f"nvila-{config.stack_id[-10:]}"
+
+
+def _cache(config: StackConfig, folder: StackFolder) -> Part:
+    def command() -> Command:
+        written = cache_server.write_config(
+            folder.run("cache"),
+            port=config.ports.cache,
+            maxmemory_bytes=config.cache_bytes,
+            password=config.cache_password,
+        )
+        return Command(cache_server.command(written), {})
+
+    return Part(
+        name="cache",
+        port=config.ports.cache,
+        command=command,
+        is_ready=lambda: _redis_answers(config.ports.cache, config.cache_password),
+        drain_s=5,
+    )
+
+
+def _decode(config: StackConfig, folder: StackFolder) -> Part:
+    environment = {
+        "NVILA_DECODE_MODEL": config.model,
+        "NVILA_DECODE_ENGINE": config.engine,
+        "NVILA_DECODE_REDIS_URL": redis_url(config),
+        "NVILA_DECODE_HOST": HOST,
+        "NVILA_DECODE_GRPC_PORT": str(config.ports.decode_grpc),
+        "NVILA_DECODE_HTTP_PORT": str(config.ports.decode_http),
+        "NVILA_DECODE_RAY_FOLDER": str(ray_folder(config)),
+        "NVILA_DECODE_DRAIN_S": "5",
+        "NVILA_DECODE_LOG_LEVEL": config.log_level,
+    }
+    return Part(
+        name="decode",
+        port=config.ports.decode_grpc,
+        command=lambda: Command([sys.executable, "-m", "nvila.decode.app"], environment),
+        is_ready=lambda: _http_answers(config.ports.decode_http, "/metrics"),
+        drain_s=30,
+    )
+
+
+def _gateway(config: StackConfig, folder: StackFolder) -> Part:
+    prefix = shared_memory_prefix(config, "gateway")
+    environment = {
+        "NVILA_GATEWAY_HOST": HOST,
+        "NVILA_GATEWAY_HTTP_PORT": str(config.ports.gateway),
+        "NVILA_GATEWAY_GRPC_PORT": str(config.ports.gateway_grpc),
+        "NVILA_GATEWAY_API_KEYS": config.api_key,
+        "NVILA_GATEWAY_VISION_URL": f"{HOST}:{config.ports.vision_grpc}",
+        "NVILA_GATEWAY_DECODE_TARGET": f"{HOST}:{config.ports.decode_grpc}",
+        "NVILA_GATEWAY_REDIS_URL": redis_url(config),
+        "NVILA_GATEWAY_DATA_DIR": str(folder.path / "data"),
+        "NVILA_GATEWAY_SHARED_MEMORY_PREFIX": prefix,
+        "NVILA_GATEWAY_LOG_LEVEL": config.log_level,
+    }
+    return Part(
+        name="gateway",
+        port=config.ports.gateway,
+        command=lambda: Command([sys.executable, "-m", "nvila.gateway.app"], environment),
+        is_ready=lambda: _http_answers(config.ports.gateway, "/health/ready"),
+        drain_s=25,
+        shared_memory=(prefix,),
+    )
+
+
+# -- ready? -----------------------------------------------------------------------------------------------------------
+
+
+def _http_answers(port: int, path: str) -> bool:
+    """Whether GET `path` gives 200."""
+    connection = http.client.HTTPConnection(HOST, port, timeout=1)
+    try:
+        connection.request("GET", path)
+        return connection.getresponse().status == 200
+    except (OSError, http.client.HTTPException):
+        return False
+    finally:
+        connection.close()
+
+
+def _redis_answers(port: int, password: str) -> bool:
+    try:
+        with socket.create_connection((HOST, port), timeout=1) as connection:
+            connection.sendall(f"AUTH {password}\r\nPING\r\n".encode())
+            answer = b""
+            while answer.count(b"\r\n") < 2 and (more := connection.recv(256)):
+                answer += more
+    except OSError:
+        return False
+    return answer == b"+OK\r\n+PONG\r\n"
