@@ -16,6 +16,9 @@ from nvila.video.media import MediaInfo
 DEFAULT_CHUNK_FRAMES = 32
 """Frames per vision call: 32 frames at 448 x 448 are 19 MB, and eight chunks of a 256-frame request overlap."""
 
+MAX_FPS = 1000.0
+"""No camera that we know of needs more, and the arithmetic stays far from overflow."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class FramePlan:
@@ -76,7 +79,7 @@ def plan_frames(
 
 
 def check_sampling(wanted: VideoSampling, *, max_frames: int) -> None:
-    """Refuse a sampling that no video could satisfy; needs no file, so a request can be refused before it is fetched."""
+    """Refuse a sampling that no video could satisfy; needs no file, so it can come before the fetch."""
     if wanted.num_frames is not None and wanted.fps is not None:
         raise InvalidRequest("num_frames and fps exclude each other; give at most one", param="num_frames")
     if wanted.num_frames is not None and wanted.num_frames < 1:
@@ -85,6 +88,8 @@ def check_sampling(wanted: VideoSampling, *, max_frames: int) -> None:
         raise LimitExceeded.of("num_frames", asked=wanted.num_frames, limit=max_frames, param="num_frames")
     if wanted.fps is not None and not (math.isfinite(wanted.fps) and wanted.fps > 0):
         raise InvalidRequest(f"fps must be a positive number, not {wanted.fps}", param="fps")
+    if wanted.fps is not None and wanted.fps > MAX_FPS:
+        raise LimitExceeded.of("fps", asked=wanted.fps, limit=MAX_FPS, param="fps")
     for name, value in (("start_s", wanted.start_s), ("end_s", wanted.end_s)):
         if value is not None and not (math.isfinite(value) and value >= 0):
             raise InvalidRequest(f"{name} must be a number of seconds from 0, not {value}", param=name)

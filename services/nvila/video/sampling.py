@@ -75,5 +75,6 @@ def window_frames(times_s: NDArray[np.float64], start_s: float, end_s: float) ->
 
 def _ticks(duration_s: float, fps: float, limit: int) -> NDArray[np.float64]:
     count = min(limit, count_at_fps(duration_s, fps) + 1)
-    ticks_s = np.arange(count, dtype=np.float64) / fps
+    with np.errstate(over="ignore"):  # the second tick of the smallest rates is at infinity: past the end
+        ticks_s = np.arange(count, dtype=np.float64) / fps
     return ticks_s[ticks_s < duration_s]
