@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class ChatServiceStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """Questions about images and videos.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -47,7 +48,8 @@ class ChatServiceStub(object):
 
 
 class ChatServiceServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """Questions about images and videos.
+    """
 
     def Chat(self, request, context):
         """Answers a conversation with any number of images and videos. The stream carries one Started, any number of Delta,
@@ -88,7 +90,8 @@ def add_ChatServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class ChatService(object):
-    """Missing associated documentation comment in .proto file."""
+    """Questions about images and videos.
+    """
 
     @staticmethod
     def Chat(request,

@@ -26,7 +26,8 @@ if _version_not_supported:
 
 
 class DecodeServiceStub(object):
-    """Missing associated documentation comment in .proto file."""
+    """Prompts with media in, text out.
+    """
 
     def __init__(self, channel):
         """Constructor.
@@ -47,7 +48,8 @@ class DecodeServiceStub(object):
 
 
 class DecodeServiceServicer(object):
-    """Missing associated documentation comment in .proto file."""
+    """Prompts with media in, text out.
+    """
 
     def Generate(self, request, context):
         """Lays out the prompt, awaits the visual tokens, streams the answer. Cancelling the call frees the engine.
@@ -85,7 +87,8 @@ def add_DecodeServiceServicer_to_server(servicer, server):
 
  # This class is part of an EXPERIMENTAL API.
 class DecodeService(object):
-    """Missing associated documentation comment in .proto file."""
+    """Prompts with media in, text out.
+    """
 
     @staticmethod
     def Generate(request,
