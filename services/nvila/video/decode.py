@@ -65,6 +65,7 @@ class VideoReader:
         self._info: MediaInfo | None = None
         self.decoded_frames = 0
         self._packets: Iterator[Packet[VideoStream]]
+        self._last: tuple[int, VideoFrame] | None = None
         self._seek(self._key_before(0))
 
     def close(self) -> None:
@@ -160,6 +161,14 @@ class VideoReader:
         self._keep_until = max(self._keep, default=0)
 
     def _fetch(self, number: int) -> VideoFrame | None:
+        if (
+            self._last is None or self._last[0] != number
+        ):  # runs of short videos begin with the frame that ended the last
+            frame = self._decode_to(number)
+            self._last = None if frame is None else (number, frame)
+        return self._last[1] if self._last is not None else None
+
+    def _decode_to(self, number: int) -> VideoFrame | None:
         key = self._key_before(number)
         key_number = 0 if key is None else int(self._table.key_numbers[key])
         if number < self._next or key_number - self._next > _SEEK_WORTH_FRAMES:

@@ -1,8 +1,8 @@
 """One image file as an RGB picture, by Pillow. Runs in a decode worker only.
 
 As the reference does, pictures become 8-bit RGB by Pillow's `convert("RGB")`: alpha is dropped, not composited,
-palettes are looked up, CMYK is converted, colour profiles are not applied (NVILA-SPEC §2.1). Unlike it, a picture is turned
-upright by its EXIF orientation, as every viewer shows it. Of an animation the first frame is taken.
+palettes are looked up, CMYK is converted, colour profiles are not applied (NVILA-SPEC §2.1). Unlike it, a picture is
+turned upright by its EXIF orientation, as every viewer shows it. Of an animation the first frame is taken.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What turns a picture with this EXIF orientation upright (as `ImageOps.exif_transpose`, which also rewrites the EXIF)."""
+"""What turns a picture with this EXIF orientation upright, as in `ImageOps.exif_transpose`."""
 _FIRST_SIDEWAYS = 5
 
 _BROKEN = (OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, ArithmeticError, struct.error)

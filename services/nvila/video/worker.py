@@ -1,8 +1,8 @@
 """A decode worker: a process that reads files from outside and may die of it. `pool.py` starts and replaces it.
 
-It is told its limits and the arena in one JSON line on standard input, shuts itself in (`sandbox.py`), says so, and then
-answers one JSON line for each JSON line, in order; pixels go into the arena, never through the pipe. It ends when
-standard input does, when its parent dies, and after it ran out of memory (what is left of its heap is not worth keeping).
+It is told its limits and the arena in one JSON line on standard input, shuts itself in (`sandbox.py`), says so, and
+then answers one JSON line for each JSON line, in order; pixels go into the arena, never through the pipe. It ends when
+standard input does, when its parent dies, and after it ran out of memory (what is left of its heap is fragments).
 """
 
 from __future__ import annotations
@@ -50,13 +50,14 @@ class Worker:
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
         started = time.perf_counter()
-        decoded_before = self._reader.decoded_frames if self._reader else 0
+        if self._reader is not None:
+            self._reader.decoded_frames = 0
         sandbox.limit_cpu(self._limits.task_s)
         try:
             path, kind = Path(request["path"]), MediaKind(request["kind"])
             reply = self._probe(path, kind) if request["do"] == "probe" else self._decode(path, kind, request)
         except NvilaError as error:
-            reply = {"error": error.code, "message": error.message}
+            reply = {"error": error.code, "message": error.message, "retry_after_s": error.retry_after_s}
         except MemoryError:
             mib = self._limits.memory_bytes // 1024**2
             reply = {
@@ -68,8 +69,8 @@ class Worker:
             log.exception("unexpected failure while decoding")
             self.forget()
             reply = {"error": InvalidMedia.code, "message": "the decoder failed on this file"}
-        decoded = self._reader.decoded_frames - decoded_before if self._reader else 0
-        return reply | {"busy_s": time.perf_counter() - started, "decoded_frames": max(decoded, 0)}
+        decoded_frames = self._reader.decoded_frames if self._reader is not None else 0
+        return reply | {"busy_s": time.perf_counter() - started, "decoded_frames": decoded_frames}
 
     def forget(self) -> None:
         """Close the file kept open."""
@@ -108,10 +109,10 @@ class Worker:
     ) -> Iterator[tuple[int, float, NDArray[np.uint8] | None]]:
         """(position in the run, seconds, pixels), each distinct frame decoded once however often it is repeated."""
         if kind is MediaKind.IMAGE:
-            rgb_HWC = read_image(path, self._limits)
-            if rgb_HWC.shape != shape[1:]:
-                raise InvalidMedia(f"the image's header promised {shape[1:]} levels, its pixels are {rgb_HWC.shape}")
-            yield 0, 0.0, rgb_HWC
+            picture_HWC = read_image(path, self._limits)
+            if picture_HWC.shape != shape[1:]:
+                raise InvalidMedia(f"the image's header promised {shape[1:]} levels, it holds {picture_HWC.shape}")
+            yield 0, 0.0, picture_HWC
             return
         position = 0
         for number, time_s, rgb_HWC in self._open(path).read(sorted(set(indices)), (shape[2], shape[1])):
@@ -144,13 +145,15 @@ def main() -> None:
     logging.basicConfig(format="%(message)s", level=logging.WARNING)
     av.logging.set_level(None)  # a decoder's own words name paths and addresses
     Image.init()  # load Pillow's readers now
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1)
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is no reply
     hello = json.loads(sys.stdin.readline())
     limits = DecodeLimits(**hello["limits"])
     arena_fd = os.open(hello["arena"], os.O_RDWR | os.O_CLOEXEC)
     worker = Worker(limits, arena_fd, int(hello["arena_bytes"]))
     sandbox.limit_resources(limits.memory_bytes)
     is_filtered = sandbox.deny_system_calls()
-    _say({"ready": True, "is_filtered": is_filtered})
+    replies.write(json.dumps({"is_filtered": is_filtered}) + "\n")
     while True:
         if not select.select([sys.stdin], [], [], _IDLE_S)[0]:
             worker.forget()
@@ -159,14 +162,9 @@ def main() -> None:
         if not line:
             return
         reply = worker.answer(json.loads(line))
-        _say(reply)
+        replies.write(json.dumps(reply) + "\n")
         if reply.get("is_last"):
             return
-
-
-def _say(message: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(message) + "\n")
-    sys.stdout.flush()
 
 
 if __name__ == "__main__":
