@@ -142,9 +142,9 @@ def phase_text(phase: Phase | PartPhase | str) -> Text:
 
 def coverage(report: dict[str, Any]) -> RenderableType:
     """What an answer stands on, as a small table: `report` is the API's coverage object."""
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim", pad_edge=False)
-    for title in ("media", "frames", "decoded", "encoded", "from cache", "dropped", "chunks", "tokens", "time range"):
-        table.add_column(title, justify="left" if title in ("media", "time range") else "right")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    for title in ("media", "frames", "decoded", "encoded", "cached", "dropped", "chunks", "tokens", "seconds"):
+        table.add_column(title, justify="left" if title == "media" else "right", no_wrap=True)
     for media in report.get("media", []):
         is_video = media["kind"] == "video"
         reused = media["frames_reused"]
@@ -157,7 +157,7 @@ def coverage(report: dict[str, Any]) -> RenderableType:
             Text(str(media["frames_dropped"]), style="yellow" if media["frames_dropped"] else ""),
             str(media["chunks"]),
             f"{media['tokens']:,}",
-            f"{media['start_s']:.1f}–{media['end_s']:.1f} s" if is_video else "",
+            f"{media['start_s']:.1f}–{media['end_s']:.1f}" if is_video else "",
         )
     gaps = [
         Text(f"gap {gap['start_s']:.1f}–{gap['end_s']:.1f} s: {gap['reason']}", style="yellow")
@@ -171,10 +171,10 @@ def stages(stage_ms: dict[str, float]) -> RenderableType:
     """Milliseconds per stage in one line; parts of stages (`vision.tower`) are left to `--json`."""
     line = Text()
     for name, ms in stage_ms.items():
-        if "." in name or name == "total":
+        if "." in name or name in ("total", "plan"):
             continue
         line.append(f"{name.replace('_', ' ')} ", style="dim")
-        line.append(f"{_ms(ms)}   ", style="bold" if name == "first_token" else "")
+        line.append(f"{_ms(ms)}  ", style="bold" if name == "first_token" else "")
     line.append("total ", style="dim")
     line.append(_ms(stage_ms.get("total", 0.0)))
     return line

@@ -214,6 +214,38 @@ def _cache(config: StackConfig, folder: StackFolder) -> Part:
     )
 
 
+def _vision(config: StackConfig, folder: StackFolder) -> Part:
+    prefix = shared_memory_prefix(config, "vision")
+    environment = {
+        "NVILA_VISION_MODEL": config.model,
+        "NVILA_VISION_REDIS_URL": redis_url(config),
+        "NVILA_VISION_LOG_LEVEL": config.log_level,
+    }
+
+    def command() -> Command:
+        from nvila.vision import triton  # brings OpenTelemetry along
+
+        run = triton.command(
+            triton.find_triton(folder.path.parent / "triton"),
+            http_port=config.ports.vision_http,
+            grpc_port=config.ports.vision_grpc,
+            metrics_port=config.ports.vision_metrics,
+            shm_prefix=prefix,
+            host=HOST,
+            exit_timeout_s=10,
+        )
+        return Command(run.argv, {**environment, **run.environment})
+
+    return Part(
+        name="vision",
+        port=config.ports.vision_grpc,
+        command=command,
+        is_ready=lambda: _http_answers(config.ports.vision_http, "/v2/health/ready"),
+        drain_s=15,
+        shared_memory=(prefix,),
+    )
+
+
 def _decode(config: StackConfig, folder: StackFolder) -> Part:
     environment = {
         "NVILA_DECODE_MODEL": config.model,

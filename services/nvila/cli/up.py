@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
         log_level=args.log_level,
     )
     for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
+        signal.signal(number, interrupt)
     began = time.monotonic()
     with show.Progress(folder, is_quiet=args.json) as progress:
         stack = lifecycle.start(config, folder, progress.show)
@@ -116,6 +116,6 @@ def _short(path: Path) -> str:
     return str(path.relative_to(here)) if path.is_relative_to(here) else str(path)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> NoReturn:
+def interrupt(number: int, frame: FrameType | None) -> NoReturn:
     """SIGTERM and SIGHUP end a foreground stack as Ctrl-C does."""
     raise KeyboardInterrupt

