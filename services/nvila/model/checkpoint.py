@@ -4,8 +4,8 @@
     llm/          a Qwen2 folder, with the tokenizer
     vision_tower/ SigLIP        mm_projector/ the projector
 
-Only safetensors and JSON are read: no pickle, and no code from the folder. Opening one reads no weights; `model/encoder.py`
-and the decode service take what each needs, memory-mapped.
+Only safetensors and JSON are read: no pickle, and no code from the folder. Opening one reads no weights;
+`model/encoder.py` and the decode service take what each needs, memory-mapped.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nvila.model.tokenizer import ChatTokenizer
 from nvila.model.weights import Weights
 
 ARITHMETIC_VERSION = 1
-"""Raised when a change of our own code changes the visual tokens that the same weights give; part of every cache key."""
+"""Raised when a change of our own code changes the tokens that the same weights give; part of every cache key."""
 
 RANDOM_KEY = "nvila_random_weights"
 """Set in the root configuration of a made-up checkpoint (`model/tiny.py`)."""
@@ -153,7 +153,7 @@ class Checkpoint:
     def vision_revision(self) -> str:
         """Hex digest over everything that shapes visual tokens: tower and projector weights and their configuration.
 
-        Reads those weights once, about a second per 2 GB. The same for every layout that the same weights are stored in.
+        Reads those weights once, about a second per 2 GB. The same for every layout that the weights are stored in.
         """
         config = self.config
         fields = (

@@ -100,10 +100,10 @@ class Wrap:
 class NvilaConfig:
     """One model.
 
-    `tile_px`: side of a tile. `s2_scales`: ascending multiples of it, only for `dynamic_s2`; `s2_merge_index`: the scale
-    to whose size all are brought. `projector_width`: channels that enter the projector (tower width × scales).
+    `tile_px`: side of a tile. `s2_scales`: ascending multiples of it, only for `dynamic_s2`; `s2_merge_index`: the
+    scale to whose size all are brought. `projector_width`: channels that enter the projector (tower width × scales).
     `pool_sizes`: (frames, rows, columns) per level; ((1, 1, 1),) is the basic video encoder. `default_frames`: sampled
-    when a request does not say. `max_positions`: prompt and answer the model was made for.
+    when a request does not say.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""What a request will cost, from sizes alone: tiles, tokens, positions, bytes, arithmetic (NVILA-SPEC §2-5). Pure Python.
+"""What a request will cost, from sizes alone: tiles, tokens, bytes, arithmetic (NVILA-SPEC §2-5). Pure Python.
 
 The gateway's limits and estimates, the caches' sizes and the decode service's layout check all use these functions, and
 a property test holds them equal to what `model/encoder.py` really makes.

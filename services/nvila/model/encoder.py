@@ -1,6 +1,6 @@
 """Frames in, visual tokens out: preprocessing, tower, and what follows it, as three steps and as one.
 
-A service that batches runs the three apart: `prepare` per request, `tower` over the tiles of many, `finish` per request.
+A service that batches runs them apart: `prepare` per request, `tower` over the tiles of many, `finish` per request.
 Values are projected tokens without start, end or separator embeddings, which are text and belong to `model/prompt.py`.
 
 F frames · N tiles · S tile side · T visual tokens · C tower channels · D language-model width.
@@ -27,7 +27,7 @@ from nvila.model.siglip import Tower
 from nvila.types import EncodeSettings, Level, MediaKind
 
 TOWER_TILES = 16
-"""Tiles per tower call of `encode`, and per projector call: bounds memory (a tile at 448² on 3 scales is 14 MB in float32)."""
+"""Tiles per tower call of `encode`, and per projector call: bounds memory (448 px on 3 scales: 14 MB in float32)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -120,7 +120,9 @@ class VisionEncoder:
     def _project_tiles(self, features_NTC: Tensor) -> Tensor:
         """Tiles on their own; a Dynamic-S2 projector gets their channels once per scale (spec §3.3)."""
         if self.config.image_mode is ImageMode.DYNAMIC_S2:
-            runs = [self._project(run.repeat(1, 1, self.config.scales)) for run in torch.split(features_NTC, TOWER_TILES)]
+            runs = [
+                self._project(run.repeat(1, 1, self.config.scales)) for run in torch.split(features_NTC, TOWER_TILES)
+            ]
             return torch.cat(runs)
         return self._project(features_NTC)
 

@@ -1,4 +1,4 @@
-"""Pictures to tiles to pixel values (NVILA-SPEC §2). NumPy and Pillow only; the grid itself is chosen in `model/tiles.py`.
+"""Pictures to tiles to pixel values (NVILA-SPEC §2). NumPy and Pillow only; `model/tiles.py` chooses the grid.
 
 H, W are pixels here, S the tile side.
 """
@@ -16,7 +16,7 @@ from nvila.model.cost import tile_grid
 from nvila.model.tiles import TileGrid, square_splits
 
 PAD_LEVEL = 127
-"""Grey that fills `pad` squares: ⌊0.5 · 255⌋ of the processor's mean, per channel (`expand2square` in llava/mm_utils.py)."""
+"""Grey that fills `pad` squares: ⌊0.5 · 255⌋, of the processor's mean (`expand2square` in llava/mm_utils.py)."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -54,7 +54,7 @@ def pad_square(rgb_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def split_image(config: NvilaConfig, rgb_HWC: NDArray[np.uint8], is_tiled: bool) -> TiledImage:
-    """Cut one picture (uint8 RGB, any size) as the checkpoint does; `is_tiled` only for the single image of a prompt."""
+    """Cut one picture (uint8 RGB, any size) as the model expects; `is_tiled` only for a prompt's single image."""
     side = config.tile_px
     if config.image_mode is ImageMode.PAD:
         rgb_HWC = pad_square(rgb_HWC)

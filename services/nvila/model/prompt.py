@@ -1,7 +1,7 @@
-"""Where visual tokens stand among the text (NVILA-SPEC §5.3, §6.2-6.4): a conversation to a layout, a layout to embeddings.
+"""Where visual tokens stand among text (NVILA-SPEC §5.3, §6.2-6.4): a conversation to a layout to embeddings.
 
-The chat template never sees what users wrote: it is rendered around stand-ins, and control tokens are read only from what
-the template itself says. So no text of a user can open a turn, close one, or pose as media.
+The chat template never sees what users wrote: it is rendered around stand-ins, and control tokens are read only from
+what the template itself says. So no text of a user can open a turn, close one, or pose as media.
 
 P prompt positions · T visual tokens of a record · D language-model width.
 """
@@ -82,24 +82,30 @@ class Layout:
 
 
 def lay_out(
-    messages: Sequence[Message], media: Sequence[PromptMedia], tokenizer: ChatTokenizer, config: NvilaConfig
+    messages: Sequence[Message],
+    media: Sequence[PromptMedia],
+    tokenizer: ChatTokenizer,
+    config: NvilaConfig,
+    *,
+    add_generation_prompt: bool = True,
 ) -> Layout:
-    """The prompt of a conversation, ready for the answer.
+    """The prompt of a conversation, ready for the answer (or, without generation prompt, complete as it is).
 
     Raises `InvalidRequest` for no messages, media in a system message, a media item that no part or more than one part
     stands for, and records that disagree about their layout.
     """
     _check(messages, media)
-    blocks = [tuple(_blocks(index, item, config)) for index, item in enumerate(media)]
-    contents = [_content(message, media, blocks, config) for message in messages]
-    rendered = tokenizer.render([(message.role.value, _stand_in(i)) for i, message in enumerate(messages)])
+    pieces_by_media = [media_pieces(index, item, config) for index, item in enumerate(media)]
+    contents = [_stripped(message_pieces(message, pieces_by_media)) for message in messages]
+    turns = [(message.role.value, _stand_in(i)) for i, message in enumerate(messages)]
+    rendered = tokenizer.render(turns, add_generation_prompt=add_generation_prompt)
     return Layout(tuple(_joined(_fill(tokenizer.split_markup(rendered), contents), tokenizer)))
 
 
 def splice(
     segments: Iterable[Segment], embed: Callable[[Tensor], Tensor], values_by_key: Mapping[str, Tensor]
 ) -> Tensor:
-    """Input embeddings (P, D) of segments, or of a first part of them, in the dtype and on the device of `embed`'s rows.
+    """Input embeddings (P, D) of segments, or of a first part of them, in the dtype and on the device of the text's.
 
     `embed`: int64 ids (n,) to rows (n, D) of the language model's table. `values_by_key`: (T, D) of every record named.
     Raises `InvalidRequest` when a record has too few rows or another width.
@@ -141,13 +147,15 @@ def _check(messages: Sequence[Message], media: Sequence[PromptMedia]) -> None:
             raise InvalidRequest("a system message cannot hold media", param="messages")
         used += indices
     if sorted(used) != list(range(len(media))):
-        raise InvalidRequest(f"{len(media)} media items came; the messages stand for items {sorted(used)}", param="messages")
+        raise InvalidRequest(
+            f"{len(media)} media items came; the messages stand for items {sorted(used)}", param="messages"
+        )
 
 
 # -- media ------------------------------------------------------------------------------------------------------------
 
 
-def _blocks(index: int, item: PromptMedia, config: NvilaConfig) -> Iterator[Block]:
+def media_blocks(index: int, item: PromptMedia, config: NvilaConfig) -> Iterator[Block]:
     """All blocks of a media item: level by level over the whole item, and within a level record by record."""
     levels = join_levels(record.levels for record in item.records)
     if not levels or not all(level.blocks and level.tokens for level in levels):
@@ -172,29 +180,30 @@ def _blocks(index: int, item: PromptMedia, config: NvilaConfig) -> Iterator[Bloc
             )
 
 
-def _is_woven_with_text(item: PromptMedia, config: NvilaConfig) -> bool:
-    """Tiles of a `dynamic` image are images of their own, each followed by a newline of text (spec §2.6)."""
-    return item.kind is MediaKind.IMAGE and item.is_tiled and config.image_mode is ImageMode.DYNAMIC
+Piece = str | Block
+
+
+def media_pieces(index: int, item: PromptMedia, config: NvilaConfig) -> tuple[Piece, ...]:
+    """A media item's blocks; tiles of a `dynamic` image are images of their own, each before a newline (spec §2.6)."""
+    blocks = tuple(media_blocks(index, item, config))
+    if item.kind is MediaKind.IMAGE and item.is_tiled and config.image_mode is ImageMode.DYNAMIC:
+        return tuple(piece for block in blocks for piece in (block, "\n"))
+    return blocks
 
 
 # -- text -------------------------------------------------------------------------------------------------------------
 
-Piece = str | Block
 
-
-def _content(
-    message: Message, media: Sequence[PromptMedia], blocks: Sequence[tuple[Block, ...]], config: NvilaConfig
-) -> list[Piece]:
-    """A message's text and blocks in order, stripped at both ends as the reference strips it."""
+def message_pieces(message: Message, pieces_by_media: Sequence[Sequence[Piece]]) -> list[Piece]:
+    """A message's text and media in order, texts that meet joined."""
     pieces: list[Piece] = []
     for part in message.parts:
-        if isinstance(part, TextPart):
-            pieces.append(_without_markers(part.text))
-            continue
-        is_woven = _is_woven_with_text(media[part.index], config)
-        for block in blocks[part.index]:
-            pieces += [block, "\n"] if is_woven else [block]
-    pieces = list(_merged(pieces))
+        pieces += [_without_markers(part.text)] if isinstance(part, TextPart) else pieces_by_media[part.index]
+    return list(_merged(pieces))
+
+
+def _stripped(pieces: list[Piece]) -> list[Piece]:
+    """Without white space at both ends, as the reference strips every message."""
     if pieces and isinstance(pieces[0], str):
         pieces[0] = pieces[0].lstrip()
     if pieces and isinstance(pieces[-1], str):

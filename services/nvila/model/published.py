@@ -27,8 +27,8 @@ def read_config(
     mode = _image_mode(root)
     scales = _scales(root) if mode is ImageMode.DYNAMIC_S2 else ()
     llm_config = _llm(llm)
-    video = _encoder(root.get("video_encoder"), "video_encoder", ("BasicVideoEncoder", "TSPVideoEncoder"))
-    image = _encoder(root.get("image_encoder"), "image_encoder", ("BasicImageEncoder",))
+    video = media_encoder(root.get("video_encoder"), "video_encoder", ("BasicVideoEncoder", "TSPVideoEncoder"))
+    image = media_encoder(root.get("image_encoder"), "image_encoder", ("BasicImageEncoder",))
     return NvilaConfig(
         name=name,
         tower=tower_config,
@@ -41,8 +41,8 @@ def read_config(
         max_tiles=_integer(root, "max_tiles", 12),
         projector_type=_required(projector, "mm_projector_type", "mm_projector/config.json"),
         projector_width=tower_config.width * max(1, len(scales)),
-        image_wrap=_wrap(image, encode),
-        video_wrap=_wrap(video, encode),
+        image_wrap=wrap_ids(image, encode),
+        video_wrap=wrap_ids(video, encode),
         pool_sizes=tuple(tuple(pool) for pool in video.get("pool_sizes") or [[1, 1, 1]]),
         default_frames=_integer(root, "num_video_frames", 8),
         fps=float(root.get("fps") or 0.0),
@@ -125,8 +125,8 @@ def _tile_px(root: Json, tower: TowerConfig, processor: Json, scales: tuple[int,
     return side
 
 
-def _encoder(given: Any, key: str, known: tuple[str, ...]) -> Json:
-    """Arguments of a media encoder: a dictionary, or one as a JSON string, with `_target_`; absent means the basic one."""
+def media_encoder(given: Any, key: str, known: tuple[str, ...]) -> Json:
+    """Arguments of a media encoder: a dictionary or JSON string with `_target_`; absent means the basic one."""
     encoder: Any = json.loads(given) if isinstance(given, str) else given or {}
     name = str(encoder.get("_target_", known[0])).rpartition(".")[2]
     if name not in known:
@@ -136,7 +136,7 @@ def _encoder(given: Any, key: str, known: tuple[str, ...]) -> Json:
     return encoder if name == "TSPVideoEncoder" else {k: v for k, v in encoder.items() if k.endswith("_tokens")}
 
 
-def _wrap(encoder: Json, encode: Encode) -> Wrap:
+def wrap_ids(encoder: Json, encode: Encode) -> Wrap:
     """Default: nothing before, one newline after every block, no separator (spec §5.3)."""
 
     def ids(key: str, default: str | None) -> tuple[int, ...]:

@@ -1,6 +1,6 @@
 """The vision tower: SigLIP through `transformers`, up to the selected layer (NVILA-SPEC §3.1-3.2, §3.7).
 
-NVILA takes the output of the last block but one, without the final norm, so neither the last block nor that norm is made.
+NVILA takes the output of the last block but one, without the final norm; neither that block nor that norm is made.
 
 N tiles · T tokens of a tile · C channels · S tile side in pixels.
 """
@@ -51,8 +51,8 @@ class Tower(nn.Module):
 def resize_positions(table_TC: Tensor, tokens: int) -> Tensor:
     """The position table for another tile side, resampled as a list, not as a picture (`resize_position_embeddings`).
 
-    The weights of both neighbours vanish where a new index falls on an old one, so those vectors, the first and the last
-    among them, become zero. So the reference computes it, and so its models were tuned.
+    The weights of both neighbours vanish where a new index falls on an old one, so those vectors, the first and the
+    last among them, become zero. So the reference computes it, and so its models were tuned.
     """
     old = table_TC.shape[0]
     at = torch.arange(tokens, dtype=torch.float32) / (tokens - 1) * (old - 1)

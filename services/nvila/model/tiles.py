@@ -29,9 +29,9 @@ class TileGrid(NamedTuple):
 def candidate_grids(min_tiles: int, max_tiles: int) -> tuple[TileGrid, ...]:
     """Every grid of `min_tiles` to `max_tiles` tiles, in the order in which the reference looks at them.
 
-    The reference collects pairs of integers in a set and sorts it, stably, by their product. So equal products keep the
-    set's iteration order, which settles ties and is the same in CPython 3.9 to 3.13; the same set is built here, and the
-    tests compare it with the recorded order.
+    The reference collects pairs of integers in a set and sorts it, stably, by their product. So equal products keep
+    the set's iteration order, which settles ties and is the same in CPython 3.9 to 3.13; the same set is built here,
+    and the tests compare it with the recorded order.
     """
     grids = {
         (columns, rows)

@@ -1,8 +1,8 @@
-"""A made-up checkpoint: the published layout, a real tokenizer and random weights, so that every program can run anywhere.
+"""A made-up checkpoint: the published layout, a real tokenizer and random weights, so that all programs run anywhere.
 
-Its words mean nothing, and `Checkpoint.is_random` says so. The same seed gives the same bytes: weights are integers from
-PCG64 scaled and rounded to float16, and the vocabulary is the 3,000 merges of `tiny_merges.txt`, learned from this project's
-own documents.
+Its words mean nothing, and `Checkpoint.is_random` says so. The same seed gives the same bytes: weights are integers
+from PCG64, scaled and rounded to float16, and the vocabulary is the 3,000 merges of `tiny_merges.txt`, learned from
+this project's own documents.
 """
 
 from __future__ import annotations
@@ -237,7 +237,8 @@ def _write_tokenizer(folder: Path, vocabulary: dict[str, int]) -> None:
     )
     end = ids["<|im_end|>"]
     _write_json(
-        folder / "generation_config.json", {"bos_token_id": ids["[BOS]"], "eos_token_id": end, "pad_token_id": ids["[PAD]"]}
+        folder / "generation_config.json",
+        {"bos_token_id": ids["[BOS]"], "eos_token_id": end, "pad_token_id": ids["[PAD]"]},
     )
 
 

@@ -1,4 +1,4 @@
-"""Tensors of a folder of safetensors, by name: memory-mapped, so nothing is read before it is used and nothing twice."""
+"""Tensors of a folder of safetensors, by name: memory-mapped, so nothing is read before it is used, and once."""
 
 from __future__ import annotations
 
@@ -49,13 +49,15 @@ class Weights:
         extra = [name for name in self.names() if name not in shapes and not name.startswith(ignored)]
         if missing or extra:
             raise InvalidCheckpoint(
-                f"{self._label}/ does not fit its configuration: missing {_listed(missing)}; unexpected {_listed(extra)}"
+                f"{self._label}/ does not fit its configuration: "
+                f"missing {_listed(missing)}; unexpected {_listed(extra)}"
             )
         taken = {name: self.tensor(name) for name in shapes}
         for name, tensor in taken.items():
             if tuple(tensor.shape) != shapes[name]:
                 raise InvalidCheckpoint(
-                    f"{self._label}/ tensor {name!r} has shape {tuple(tensor.shape)}, its configuration says {shapes[name]}"
+                    f"{self._label}/ tensor {name!r} has shape {tuple(tensor.shape)}, "
+                    f"its configuration says {shapes[name]}"
                 )
         return taken
 

@@ -1,0 +1,44 @@
+"""The made-up checkpoint, opened once, and pictures to give it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from nvila.model.checkpoint import Checkpoint
+from nvila.model.encoder import VisionEncoder
+from nvila.model.golden import synthetic
+from nvila.model.tiny import make_random_checkpoint
+
+torch.set_num_threads(1)
+
+GOLDEN = Path(__file__).parents[1] / "data" / "golden"
+
+
+@pytest.fixture(scope="session")
+def tiny_path(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_random_checkpoint(tmp_path_factory.mktemp("checkpoints") / "nvila-tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_path: Path) -> Checkpoint:
+    return Checkpoint.open(tiny_path)
+
+
+@pytest.fixture(scope="session")
+def encoder(tiny: Checkpoint) -> VisionEncoder:
+    return VisionEncoder.from_checkpoint(tiny)
+
+
+def picture(width: int, height: int, seed: int = 1) -> NDArray[np.uint8]:
+    """One frame (1, height, width, 3)."""
+    return synthetic("waves", width, height, seed)[None]
+
+
+def clip(frames: int, side: int, seed: int = 1) -> NDArray[np.uint8]:
+    """(frames, side, side, 3)."""
+    return np.concatenate([picture(side, side, seed + i) for i in range(frames)])
