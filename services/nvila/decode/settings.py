@@ -1,0 +1,103 @@
+"""Settings of the decode service, read once from `NVILA_DECODE_*`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """A malformed value stops the process and names the variable."""
+
+    model_config = SettingsConfigDict(env_prefix="NVILA_DECODE_", extra="ignore")
+
+    # the model
+    model: Path
+    """Checkpoint folder in the published NVILA layout."""
+    model_name: str = ""
+    """Id under which the model is served; empty: the folder's name."""
+    engine: Literal["auto", "vllm", "transformers"] = "auto"
+    """What generates: vLLM (`auto`), or the plain reference that needs neither vLLM nor a GPU."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Arithmetic of the language model. `auto`: bfloat16 on a GPU, float32 on a processor (DESIGN §7)."""
+    token_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
+    """How visual tokens are stored. `auto`: float32 for a float32 model, else bfloat16. int8 halves the bytes."""
+    max_model_len: int = Field(0, ge=0)
+    """Positions of prompt plus answer; 0: what the model was made for, at most 32,768."""
+
+    # the engine
+    max_num_seqs: int = Field(32, ge=1, le=1024)
+    """Sequences generated together by one replica."""
+    max_batched_tokens: int = Field(2048, ge=64)
+    """Positions computed in one engine step: a long prefill is cut into pieces of this, between which others go on."""
+    kv_cache_bytes: int = Field(0, ge=0)
+    """Memory for keys and values per replica. 0: on a GPU what `gpu_memory` leaves, on a processor two prompts of full
+    length, 256 MiB at least."""
+    gpu_memory: float = Field(0.9, gt=0, le=1)
+    """Fraction of a GPU's memory that vLLM may take."""
+    cpu_threads: int = Field(0, ge=0)
+    """Threads of arithmetic on a processor; 0: one per core this process may use."""
+    prefill_step_tokens: int = Field(1024, ge=0)
+    """Streaming prefill: while later chunks are still being encoded, the prompt's beginning is prefilled whenever it
+    has grown by this many positions. 0: off."""
+
+    # the token cache
+    redis_url: str = ""
+    """redis[s]://[user:password@]host:port/db. Empty: no cache; visual tokens must come inline."""
+    redis_ttl_s: float = Field(3600, gt=0)
+    """How long a record lives after its last use."""
+    redis_timeout_s: float = Field(2, gt=0)
+    """Of one round trip."""
+    token_wait_s: float = Field(60, gt=0)
+    """How long a request waits for visual tokens before it says which are missing (its deadline may end it sooner)."""
+
+    # listening
+    host: str = "127.0.0.1"
+    """Address of Serve's HTTP proxy. The gRPC proxy always listens on all: Ray offers no choice."""
+    grpc_port: int = Field(9000, ge=1, le=65535)
+    """Serve's gRPC proxy: the decode service itself."""
+    http_port: int = Field(8100, ge=1, le=65535)
+    """Serve's HTTP proxy: `/metrics`, `/-/healthz`."""
+
+    # scaling
+    min_replicas: int = Field(1, ge=0)
+    """Replicas kept. Equal to `max_replicas`: a fixed number, no autoscaling."""
+    max_replicas: int = Field(1, ge=1)
+    """Most replicas."""
+    target_ongoing_requests: float = Field(16, gt=0)
+    """Requests per replica that autoscaling aims at."""
+    max_ongoing_requests: int = Field(32, ge=1)
+    """Requests that a replica takes on; further ones go to another or wait."""
+    max_queued_requests: int = Field(64, ge=-1)
+    """Requests that wait at a proxy; further ones are refused as overload. -1: no limit."""
+    replica_gpus: int = Field(0, ge=0)
+    """GPUs of one replica; several are used together (tensor parallel)."""
+    replica_cpus: float = Field(1, ge=0)
+    """Processor share that Ray reserves for one replica."""
+    health_check_period_s: float = Field(5, gt=0)
+    """How often Serve asks a replica, and the replica its engine, whether it lives."""
+    drain_s: float = Field(30, ge=0)
+    """How long a replica that is to stop may finish what it has begun."""
+
+    # Ray
+    ray_address: str = ""
+    """A running Ray cluster (`auto`, host:port); empty: an own one on this machine, stopped with this process."""
+    ray_folder: Path | None = None
+    """Where the own cluster keeps sockets and logs; a short path. Absent: a temporary folder, removed at the end."""
+    object_store_bytes: int = Field(128 << 20, ge=80 << 20)
+    """Ray's shared memory on the own cluster; requests with inline tokens pass through it."""
+
+    # logs
+    log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"
+    """Of our own log lines; libraries log from WARNING."""
+    log_style: Literal["json", "text"] = "json"
+    """One JSON object per line, or plain text for people."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(f"MIN_REPLICAS {self.min_replicas} is more than MAX_REPLICAS {self.max_replicas}")
+        return self
