@@ -15,7 +15,7 @@ beside the cache; a vision call that fails is repeated; a generation that breaks
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncGenerator, Callable, Collection
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
@@ -85,7 +85,7 @@ class Pipeline:
     metrics: Metrics
     model: ModelCard | None = None
 
-    async def answer(self, question: Question) -> AsyncIterator[AnswerEvent]:
+    async def answer(self, question: Question) -> AsyncGenerator[AnswerEvent, None]:
         """The answer, piece by piece, then one `Answered`. Closing this iterator stops all work behind it.
 
         The work runs in a task of its own, so that its spans, time limit and clean-up are plain `with` blocks however

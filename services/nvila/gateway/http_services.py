@@ -1,0 +1,59 @@
+"""What the HTTP routes use, and how they come by it: FastAPI dependencies on the app's typed lifespan state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Protocol
+
+from fastapi import Depends, Request
+
+from nvila.gateway.admission import Admission
+from nvila.gateway.files import FileStore
+from nvila.gateway.front import Front
+from nvila.gateway.scratch import Scratch
+from nvila.telemetry.metrics import Metrics
+
+
+class Health(Protocol):
+    def reasons(self) -> Sequence[str]:
+        """Why the gateway cannot answer now; empty when it can."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class HttpSettings:
+    """`body_s`, `upload_s`: for a body to arrive. `heartbeat_s`: between comments in a silent stream."""
+
+    body_bytes: int
+    media_bytes: int
+    body_s: float
+    upload_s: float
+    heartbeat_s: float = 10.0
+    docs: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Services:
+    """What the routes use; made by `app.py`, kept in the app's lifespan state."""
+
+    front: Front
+    files: FileStore
+    scratch: Scratch
+    uploads: Admission
+    health: Health
+    metrics: Metrics
+
+
+def _services(request: Request) -> Services:
+    services: Services = request.state.services
+    return services
+
+
+def _tenant(request: Request) -> str:
+    tenant: str = request.state.tenant
+    return tenant
+
+
+Having = Annotated[Services, Depends(_services)]
+Tenant = Annotated[str, Depends(_tenant)]
