@@ -110,7 +110,11 @@ def test_a_shard_outside_the_folder_is_refused(folder: Path) -> None:
 
 
 WEIGHTS = [
-    ("vision_tower", lambda t: t.pop("vision_model.embeddings.patch_embedding.bias"), r"missing .*patch_embedding\.bias"),
+    (
+        "vision_tower",
+        lambda t: t.pop("vision_model.embeddings.patch_embedding.bias"),
+        r"missing .*patch_embedding\.bias",
+    ),
     ("vision_tower", lambda t: t.update(stray=torch.zeros(1)), "unexpected stray"),
     ("mm_projector", lambda t: t.pop("layers.2.weight"), r"missing layers\.2\.weight"),
     (
@@ -172,5 +176,5 @@ def test_missing_and_broken_files_are_named(folder: Path, file: str) -> None:
 def test_broken_weights_are_named(folder: Path) -> None:
     (folder / "mm_projector" / "model.safetensors").write_bytes(b"\x00" * 64)
 
-    with pytest.raises(InvalidCheckpoint, match="mm_projector/model.safetensors cannot be read"):
+    with pytest.raises(InvalidCheckpoint, match=r"mm_projector/model\.safetensors cannot be read"):
         VisionEncoder.load(folder)

@@ -28,7 +28,7 @@ def test_a_tile_is_the_same_in_any_batch(encoder: VisionEncoder, batch: int) -> 
     tiles = encoder.prepare(picture(700, 333), IMAGE).pixels_N3SS
     together = encoder.tower(tiles)
 
-    apart = torch.cat([encoder.tower(run) for run in tiles.split(batch)])
+    apart = torch.cat([encoder.tower(run) for run in torch.split(tiles, batch)])
 
     assert (apart - together).abs().max() <= BATCH_TOLERANCE * together.abs().max()
 
