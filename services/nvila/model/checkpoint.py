@@ -38,6 +38,8 @@ RANDOM_KEY = "nvila_random_weights"
 EMBEDDING = "model.embed_tokens.weight"
 POSITIONS = "embeddings.position_embedding.weight"
 TOWER_PREFIX = "vision_model."
+UNUSED_IN_TOWER = ("post_layernorm.", "head.", "embeddings.position_ids")
+"""SigLIP's final norm and pooling head, which NVILA does not use, and a buffer that older `transformers` saved."""
 
 
 class Checkpoint:
@@ -113,7 +115,7 @@ class Checkpoint:
         skipped = [f"{TOWER_PREFIX}encoder.layers.{i}." for i in range(config.tower.blocks, config.tower.layers)]
         taken = Weights(self.path / "vision_tower").take(
             {TOWER_PREFIX + name: shape for name, shape in shapes.items()},
-            unused=[*skipped, f"{TOWER_PREFIX}post_layernorm.", f"{TOWER_PREFIX}head."],
+            unused=[*skipped, *(TOWER_PREFIX + name for name in UNUSED_IN_TOWER)],
         )
         weights = {name.removeprefix(TOWER_PREFIX): tensor for name, tensor in taken.items()}
         if config.tile_px != config.tower.image_px:

@@ -87,7 +87,7 @@ def _cut(rgb_HWC: NDArray[np.uint8], grid: TileGrid, side: int) -> NDArray[np.ui
 
 def normalise(tiles_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
     """SigLIP's processor on 8-bit tiles: (N, 3, S, S) float32 in [-1, 1]."""
-    return _LEVELS[tiles_NHWC.transpose(0, 3, 1, 2)]
+    return _LEVELS[_channels_first(tiles_NHWC)]
 
 
 def pixel_values(tiles_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -95,7 +95,12 @@ def pixel_values(tiles_NHWC: NDArray[np.uint8]) -> NDArray[np.float32]:
 
     Returns (N, 3, S, S) float32 holding float16 values.
     """
-    return _HALF_LEVELS[tiles_NHWC.transpose(0, 3, 1, 2)]
+    return _HALF_LEVELS[_channels_first(tiles_NHWC)]
+
+
+def _channels_first(tiles_NHWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Contiguous: a tower's convolution may pick another algorithm, with other rounding, for other strides."""
+    return np.ascontiguousarray(tiles_NHWC.transpose(0, 3, 1, 2))
 
 
 def _processor(level: NDArray[np.uint8]) -> NDArray[np.float32]:
