@@ -25,6 +25,7 @@ from PIL import Image
 
 from nvila.cache.keys import content_digest
 from nvila.errors import InvalidMedia, LimitExceeded, NvilaError, Overloaded
+from nvila.model.preprocess import resize_exact
 from nvila.types import MediaKind
 from nvila.video import sandbox
 from nvila.video.decode import VideoReader
@@ -109,10 +110,7 @@ class Worker:
     ) -> Iterator[tuple[int, float, NDArray[np.uint8] | None]]:
         """(position in the run, seconds, pixels), each distinct frame decoded once however often it is repeated."""
         if kind is MediaKind.IMAGE:
-            picture_HWC = read_image(path, self._limits)
-            if picture_HWC.shape != shape[1:]:
-                raise InvalidMedia(f"the image's header promised {shape[1:]} levels, it holds {picture_HWC.shape}")
-            yield 0, 0.0, picture_HWC
+            yield 0, 0.0, resize_exact(read_image(path, self._limits), shape[2], shape[1])
             return
         position = 0
         for number, time_s, rgb_HWC in self._open(path).read(sorted(set(indices)), (shape[2], shape[1])):
