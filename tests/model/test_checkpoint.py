@@ -57,6 +57,30 @@ def test_a_folder_without_tokenizer_json_gives_the_same_ids(tmp_path: Path) -> N
     assert built.media_ids == whole.tokenizer().media_ids
 
 
+def test_markers_saved_as_ordinary_tokens_are_still_special(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(GOLDEN / "e2e" / "nvila-tiny-video", tmp_path / "copy"))
+    saved = copy / "llm" / "tokenizer.json"
+    content = json.loads(saved.read_text())
+    for token in content["added_tokens"]:
+        token["special"] = token["special"] and token["content"] not in ("<image>", "<vila/sentinel>")
+    saved.write_text(json.dumps(content))
+    tokenizer = Checkpoint.open(copy).tokenizer()
+
+    assert not set(tokenizer.encode("an <image> and a <vila/sentinel>")) & set(tokenizer.media_ids)
+    assert tokenizer.decode([tokenizer.image_id]) == ""
+
+
+def test_added_tokens_without_description_keep_their_kind(tmp_path: Path) -> None:
+    whole = Checkpoint.open(GOLDEN / "e2e" / "nvila-tiny-video")
+    copy = Path(shutil.copytree(whole.path, tmp_path / "copy"))
+    (copy / "llm" / "tokenizer.json").unlink()
+    edit(copy / "llm" / "tokenizer_config.json", lambda c: c.pop("added_tokens_decoder"))
+    tokenizer = Checkpoint.open(copy).tokenizer()
+
+    assert tokenizer.decode([tokenizer.eos_id, tokenizer.id_of("<t3>")]) == "<t3>"
+    assert tokenizer.encode("<t3>") == [tokenizer.id_of("<t3>")]
+
+
 def test_text_survives_the_tokenizer(tiny: Checkpoint) -> None:
     text = "Ünïcödé, emoji 🎬 and <|im_start|> as text"
 

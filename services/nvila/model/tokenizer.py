@@ -41,8 +41,8 @@ CHAT_TEMPLATE = (
 class ChatTokenizer:
     """Text to ids and back, and the chat template around messages.
 
-    `backend` is the `tokenizers.Tokenizer` (for example for a `DecodeStream`). `size` counts media tokens that were
-    added here; ids from the checkpoint's saved vocabulary up have no embedding.
+    `backend` is the `tokenizers.Tokenizer`, set to read special tokens in text as text. `size` counts media tokens that
+    were added here; ids from the checkpoint's saved vocabulary up have no embedding.
     """
 
     def __init__(self, backend: Tokenizer, template: str, eos: str, bos: str | None, pad: str | None) -> None:
@@ -51,8 +51,7 @@ class ChatTokenizer:
         # Special again, for folders that saved them otherwise: never matched in plain text, never shown.
         backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in MEDIA_TOKENS])
         self._specials = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
-        self._plain = Tokenizer.from_str(backend.to_str())
-        self._plain.encode_special_tokens = True
+        backend.encode_special_tokens = True
         self.eos_id = self.id_of(eos)
         self.bos_id = None if bos is None else self.id_of(bos)
         self.pad_id = None if pad is None else self.id_of(pad)
@@ -98,7 +97,7 @@ class ChatTokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids of plain text; control tokens and media markers in it are ordinary characters."""
-        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        ids: list[int] = self.backend.encode(text, add_special_tokens=False).ids
         return ids
 
     def encode_markup(self, text: str) -> list[int]:
@@ -179,8 +178,13 @@ def _added_tokens(folder: Path, settings: dict[str, Any]) -> dict[int, AddedToke
         for token_id, entry in settings.get("added_tokens_decoder", {}).items()
     }
     listed: dict[str, int] = _read_json(folder / "added_tokens.json", {})
-    plain = {i: AddedToken(content, normalized=False, special=True) for content, i in listed.items()}
-    return plain | described
+    roles: dict[str, Any] = _read_json(folder / "special_tokens_map.json", {})
+    special = {_content(token) for role in roles.values() for token in (role if isinstance(role, list) else [role])}
+    undescribed = {
+        i: AddedToken(content, normalized=False, special=content in special or content.startswith("<|"))
+        for content, i in listed.items()
+    }
+    return undescribed | described
 
 
 def _content(token: Any) -> str | None:
