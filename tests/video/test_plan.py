@@ -118,7 +118,7 @@ def test_a_sampling_that_cannot_be_served_is_refused(
     sampling: dict[str, float], error: type[NvilaError], words: str
 ) -> None:
     with pytest.raises(error, match=words):
-        planned(**sampling)
+        planned(**sampling)  # type: ignore[arg-type]  # mypy does not see that the names are those of a sampling
 
 
 def test_a_tiny_rate_gives_the_first_frame() -> None:

@@ -330,7 +330,7 @@ class DecodePool:
 
 
 class _Worker:
-    """One worker process, as the pool sees it. `path`, `position`: the file it has open and the last frame read there."""
+    """One worker process, as the pool sees it. `path`, `position`: the file it has open and the last frame read."""
 
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self._process = process
@@ -341,7 +341,7 @@ class _Worker:
     @classmethod
     async def start(cls, limits: DecodeLimits, arena: FrameArena) -> _Worker:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-m", "nvila.video.worker", str(os.getpid()),
+            sys.executable, "-I", "-W", "ignore", "-m", "nvila.video.worker", str(os.getpid()),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
