@@ -208,7 +208,8 @@ def test_a_second_supervisor_leaves_a_running_stack_alone(folder: StackFolder) -
 
 def test_a_part_that_ignores_sigterm_is_killed_after_its_time(folder: StackFolder) -> None:
     supervisor = supervise(
-        folder, "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + READY.replace("import ", "import ", 1)
+        folder,
+        "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n" + READY.replace("import ", "import ", 1),
     )
     await_state(folder, is_ready)
 

@@ -78,6 +78,7 @@ def print_answer(ask: Ask, answer: Iterator[str | Report], *, as_json: bool, at_
     with show.waiting(_waiting_for(ask.media)):
         piece = next(pieces)
     while isinstance(piece, str):
+        piece = piece if said else piece.lstrip()
         said.append(piece)
         if not as_json and not at_once:
             sys.stdout.write(piece)

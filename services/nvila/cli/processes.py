@@ -88,7 +88,10 @@ def descendants(of_pid: int) -> list[int]:
 
 
 def marked(mark: str) -> list[int]:
-    """Processes whose inherited mark is `mark` or begins with `mark/`."""
+    """Processes whose inherited mark is `mark` or begins with `mark/`.
+
+    Not found by itself: a program that writes its title over its environment (as Redis does) or got an empty one.
+    """
     exact, prefix = f"{MARK}={mark}".encode(), f"{MARK}={mark}/".encode()
     found = []
     for pid in _all_pids():
@@ -158,6 +161,29 @@ def remove_shared_memory(prefixes: Iterable[str]) -> list[str]:
             entry.unlink(missing_ok=True)
             removed.append(entry.name)
     return removed
+
+
+def shared_memory_of(pids: Iterable[int]) -> set[str]:
+    """Names in /dev/shm of what these processes mapped. By inode: a semaphore is mapped before it gets its name."""
+    mapped: set[int] = set()
+    for pid in pids:
+        try:
+            lines = Path(f"/proc/{pid}/maps").read_text().splitlines()
+        except OSError:
+            continue
+        mapped.update(int(line.split()[4]) for line in lines if "/dev/shm/" in line)
+    return {entry.name for entry in os.scandir("/dev/shm") if entry.inode() in mapped}
+
+
+def remove_unused_shared_memory(names: Iterable[str]) -> list[str]:
+    """Remove those of the named entries that no process has mapped any more; returns their names."""
+    names = set(names)
+    unused = names & set(os.listdir("/dev/shm"))
+    if unused:
+        unused -= shared_memory_of(_all_pids())
+    for name in unused:
+        Path("/dev/shm", name).unlink(missing_ok=True)
+    return sorted(unused)
 
 
 def _all_pids() -> list[int]:

