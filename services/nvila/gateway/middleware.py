@@ -54,7 +54,9 @@ class Named:
             with tracing.span(scope["method"], parent=parent, kind=SpanKind.SERVER):
                 given = headers.get("x-request-id", "")
                 request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-                added = MutableHeaders({"x-request-id": request_id, "traceparent": tracing.current_traceparent()})
+                added = MutableHeaders({"x-request-id": request_id})
+                if traceparent := tracing.current_traceparent():
+                    added["traceparent"] = traceparent
                 began = time.perf_counter()
                 status = await self._answer(scope, receive, send, added)
                 seconds = round(time.perf_counter() - began, 3)
