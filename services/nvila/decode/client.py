@@ -25,6 +25,7 @@ float32. Serve's proxy takes up to 2 GB."""
 
 _DESCRIBE_TIMEOUT_S = 5.0
 _RETRY_AFTER_S = 1.0
+_GRACE_S = 0.5
 
 
 class DecodeClient:
@@ -58,7 +59,8 @@ class DecodeClient:
         if request.affinity:
             metadata.append(("session_id", request.affinity))
         message = wire.request_to_proto(request)
-        call = self._stub.Generate(message, metadata=metadata, timeout=request.deadline.left_s())
+        # A little longer than the service has, so that what it says about the deadline arrives.
+        call = self._stub.Generate(message, metadata=metadata, timeout=request.deadline.left_s() + _GRACE_S)
         try:
             async for answer in call:
                 event = wire.event_from_proto(answer)

@@ -77,8 +77,8 @@ class Settings(BaseSettings):
     """GPUs of one replica; several are used together (tensor parallel)."""
     replica_cpus: float = Field(1, ge=0)
     """Processor share that Ray reserves for one replica."""
-    health_check_period_s: float = Field(5, gt=0)
-    """How often Serve asks a replica, and the replica its engine, whether it lives."""
+    health_check_period_s: float = Field(2, gt=0)
+    """How often Serve asks a replica, and it its engine, whether it lives; after three failures Serve starts another."""
     drain_s: float = Field(30, ge=0)
     """How long a replica that is to stop may finish what it has begun."""
 
