@@ -50,6 +50,11 @@ class TritonServer:
                 raise TimeoutError(f"Triton is not ready; its log ends:\n{self.log.read_text()[-4000:]}")
             time.sleep(0.05)
 
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def is_ready(self) -> bool:
         try:
             with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/v2/health/ready", timeout=1) as answer:
