@@ -193,9 +193,8 @@ class DecodePool:
         worker = await self._borrow(path, first, deadline)
         self.stats.tasks += 1
         worker.path, worker.position = path, last
-        limit_s = self.limits.task_s
+        limit_s, left_s = self.limits.task_s, deadline.at_s - time.monotonic()
         try:
-            left_s = deadline.left_s()
             async with asyncio.timeout(min(limit_s, left_s)):
                 reply = await worker.ask(request)
         except BaseException as error:
@@ -225,7 +224,9 @@ class DecodePool:
         self._hand_out_soon()
         try:
             async with asyncio.timeout(deadline.left_s()):
-                return await want.turn
+                worker = await want.turn
+            deadline.left_s()
+            return worker
         except BaseException as error:
             if want in self._line:
                 self._line.remove(want)

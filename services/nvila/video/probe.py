@@ -141,6 +141,8 @@ def read_table(container: InputContainer, stream: VideoStream, limits: DecodeLim
         for packet in container.demux(stream):
             if not packet.size or packet.is_discard or (is_vp8 and not memoryview(packet)[0] & _VP8_SHOW_FRAME):
                 continue
+            if not pts and packet.has_sidedata("encryption_info"):
+                raise UnsupportedMedia("the video is encrypted")
             pts.append(packet.pts)
             if packet.is_keyframe and packet.pts is not None:
                 keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
