@@ -6,7 +6,6 @@ import argparse
 import importlib.util
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -69,7 +68,7 @@ def _stack(args: argparse.Namespace, folder: StackFolder, model: Path) -> Iterat
         signal.signal(number, up.interrupt)
     config = configure(name=args.stack, model=model, engine=args.engine, log_level=args.log_level)
     began = time.monotonic()
-    with show.Progress(folder, is_quiet=args.json) as progress:
+    with show.Progress(is_quiet=args.json) as progress:
         stack = lifecycle.start(config, folder, progress.show)
     if not args.json:
         show.console.print(f"[dim]all parts are ready after {time.monotonic() - began:.0f} s[/]\n")
@@ -81,7 +80,7 @@ def _stack(args: argparse.Namespace, folder: StackFolder, model: Path) -> Iterat
     if args.keep:
         stack.detach()
         return
-    with show.Progress(folder, is_quiet=args.json) as progress:
+    with show.Progress(is_quiet=args.json) as progress:
         stack.stop(progress.show)
 
 
@@ -96,13 +95,11 @@ def _ask(gateway: GatewayClient, ask: Ask, number: int, *, is_quiet: bool) -> Re
     )
     with _Work(gateway):
         piece = next(pieces)
-    sys.stdout.write("  ")
+    typist = show.Typist()
     while isinstance(piece, str):
-        sys.stdout.write(piece.replace("\n", "\n  "))
-        sys.stdout.flush()
+        typist.write(piece)
         piece = next(pieces)
-    sys.stdout.write("\n")
-    sys.stdout.flush()
+    typist.end()
     print_account(piece)
     show.console.print()
     return piece
@@ -130,7 +127,7 @@ class _Work:
         self._is_over.set()
         if self._thread.is_alive():
             self._thread.join()
-        line = self._line(self._count())
+        line = self._line(self._count(), is_over=True)
         if self._live.is_started:
             self._live.update(line, refresh=True)
             self._live.stop()
@@ -145,7 +142,9 @@ class _Work:
         found = re.findall(r'^nvila_stage_seconds_count\{stage="(\w+)"\} ([\d.]+)', self._gateway.metrics(), re.M)
         return {stage: int(float(count)) for stage, count in found}
 
-    def _line(self, now: dict[str, int]) -> Text:
+    def _line(self, now: dict[str, int], *, is_over: bool = False) -> Text:
+        if is_over and not any(now.get(stage, 0) > self._before.get(stage, 0) for stage, _ in self._STAGES):
+            return Text("  nothing to decode and nothing to encode: the cache holds this video", style="dim")
         line = Text("  chunks  ", style="dim")
         for stage, verb in self._STAGES:
             done = now.get(stage, 0) - self._before.get(stage, 0)

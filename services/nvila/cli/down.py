@@ -13,7 +13,7 @@ def run(args: argparse.Namespace) -> int:
     is_quiet = args.quiet or args.json
     stopped = []
     for folder in folders:
-        with show.Progress(folder, is_quiet=is_quiet) as progress:
+        with show.Progress(is_quiet=is_quiet) as progress:
             if lifecycle.stop(folder, progress.show):
                 stopped.append(folder.name)
     if args.json:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import sys
 import time
 from collections.abc import Iterator
@@ -16,8 +15,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from nvila.cli.lifecycle import log_tail
-from nvila.cli.state import PartPhase, PartState, Phase, StackFolder, StackState
+from nvila.cli.state import PartPhase, PartState, Phase, StackState
 
 console = Console(stderr=True, highlight=False)
 
@@ -33,17 +31,17 @@ _STYLES = {
 
 
 _LEFT_OF_NOTE = 42
-_LOG_PREFIX = re.compile(
-    r"^(\([^)]*\)\s*|\S*\d{4}-\d\d-\d\d\S*\s*|[\d:,.]+Z?\s+|(DEBUG|INFO|WARNING|ERROR|[IWE])\b:?\s*|\S+ \d+ -- )+"
-)
-"""Time, level and process in front of what other programs log."""
+_STARTING = {
+    "vision": "starting the server, loading the vision tower",
+    "decode": "starting Ray, then the language model's engine",
+    "gateway": "waiting for the others",
+}
 
 
 class Progress:
     """Follows a stack's states: a table that moves on a terminal, a line per change elsewhere, nothing when quiet."""
 
-    def __init__(self, folder: StackFolder, *, is_quiet: bool = False) -> None:
-        self._folder = folder
+    def __init__(self, *, is_quiet: bool = False) -> None:
         self._is_quiet = is_quiet
         self._live = Live(console=console, refresh_per_second=10, transient=False) if console.is_terminal else None
         self._spinners: dict[str, Spinner] = {}
@@ -62,7 +60,7 @@ class Progress:
         if self._is_quiet:
             return
         if self._live is not None:
-            self._live.update(_Lines(self._folder, state, self._spinners))
+            self._live.update(_Lines(state, self._spinners))
             return
         for name, part in state.parts.items():
             line = f"{part.phase}{_took(part)}{' - ' + part.reason if part.reason else ''}"
@@ -74,8 +72,8 @@ class Progress:
 class _Lines:
     """Drawn anew at each refresh, so that seconds count and spinners turn between changes."""
 
-    def __init__(self, folder: StackFolder, state: StackState, spinners: dict[str, Spinner]) -> None:
-        self._folder, self._state, self._spinners = folder, state, spinners
+    def __init__(self, state: StackState, spinners: dict[str, Spinner]) -> None:
+        self._state, self._spinners = state, spinners
 
     def __rich__(self) -> RenderableType:
         grid = Table.grid(padding=(0, 2, 0, 0))
@@ -100,7 +98,7 @@ class _Lines:
         if part.phase is PartPhase.READY:
             return f"port {part.port}"
         if part.phase is PartPhase.STARTING:
-            return _last_event(self._folder, name)
+            return _STARTING.get(name, "")
         return str(part.phase)
 
 
@@ -114,19 +112,6 @@ def _took(part: PartState) -> str:
     return f" after {part.took_s:.1f} s" if part.phase is PartPhase.READY and part.took_s is not None else ""
 
 
-def _last_event(folder: StackFolder, part: str) -> str:
-    """The last thing a part said, in few words."""
-    for line in reversed(log_tail(folder, part)):
-        try:
-            said = json.loads(line)["event"]
-        except (ValueError, KeyError, TypeError):
-            said = line
-        said = _LOG_PREFIX.sub("", " ".join(str(said).split()))
-        if any(letter.isalpha() for letter in said):
-            return said[:100]
-    return ""
-
-
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """A spinner while something is awaited; nothing where there is no terminal."""
@@ -135,6 +120,49 @@ def waiting(what: str) -> Iterator[None]:
         return
     with console.status(what, spinner="dots"):
         yield
+
+
+class Typist:
+    """Writes text on stdout as it comes, indented, and broken between words at the terminal's width."""
+
+    def __init__(self, indent: int = 2) -> None:
+        self._indent = indent
+        self._width = max(min(console.width, 100) - indent, 20)
+        self._column = 0
+        self._word = ""
+
+    def write(self, text: str) -> None:
+        for character in text:
+            if character.isspace():
+                self._flush()
+                if character == "\n":
+                    self._break()
+                elif self._column:
+                    self._put(" ")
+            else:
+                self._word += character
+        sys.stdout.flush()
+
+    def end(self) -> None:
+        self._flush()
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+
+    def _flush(self) -> None:
+        if self._column and self._column + len(self._word) > self._width:
+            self._break()
+        self._put(self._word)
+        self._word = ""
+
+    def _put(self, text: str) -> None:
+        if not self._column and text:
+            sys.stdout.write(" " * self._indent)
+        sys.stdout.write(text)
+        self._column += len(text)
+
+    def _break(self) -> None:
+        sys.stdout.write("\n")
+        self._column = 0
 
 
 def print_json(value: Any) -> None:

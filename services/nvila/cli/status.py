@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if state is None:
         raise Unavailable(f"no stack {args.stack!r} here; start one with `nvila up`")
     if not state.is_alive:
-        raise Unavailable(f"the stack {args.stack!r} is {state.phase} and no longer runs; `nvila down` clears it away")
+        raise Unavailable(f"the stack {args.stack!r} does not run any more; `nvila up` starts it anew")
     config = StackConfig.read(folder)
     statuses = look(config, folder, state)
     model = _model(config)
@@ -121,13 +121,17 @@ def _print(config: StackConfig, state: StackState, statuses: list[PartStatus], m
             show.phase_text(status.health),
             str(status.pid or ""),
             str(status.port),
-            f"{status.memory_bytes / 2**20:,.0f} MiB",
+            _size(status.memory_bytes),
             str(status.restarts),
             _duration(status.uptime_s),
             status.version,
         )
     show.console.print(table)
     show.console.print()
+
+
+def _size(size_bytes: int) -> str:
+    return f"{size_bytes / 2**30:.1f} GiB" if size_bytes >= 1 << 30 else f"{size_bytes / 2**20:.0f} MiB"
 
 
 def _duration(seconds: float) -> str:

@@ -30,7 +30,7 @@ def run(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, interrupt)
     began = time.monotonic()
-    with show.Progress(folder, is_quiet=args.json) as progress:
+    with show.Progress(is_quiet=args.json) as progress:
         stack = lifecycle.start(config, folder, progress.show)
     took_s = time.monotonic() - began
     if args.json:
@@ -52,7 +52,7 @@ def _hold(stack: lifecycle.RunningStack, *, is_quiet: bool) -> int:
                 teller.tell(state)
             time.sleep(0.5)
     except KeyboardInterrupt:
-        with show.Progress(stack.folder, is_quiet=is_quiet) as progress:
+        with show.Progress(is_quiet=is_quiet) as progress:
             stack.stop(progress.show)
         return 0
     was_stopped = stack.folder.read() is None or stack.supervisor.returncode == 0
