@@ -110,12 +110,13 @@ NOT_VIDEOS: dict[str, tuple[Callable[[Path], bytes], type[NvilaError]]] = {
     "subtitles": (lambda _: b"1\n00:00:00,000 --> 00:00:09,000\nhello\n", InvalidMedia),
     "png": (still("png"), InvalidMedia),
     "jpeg": (still("jpg"), InvalidMedia),
+    "still webp": (still("webp"), InvalidMedia),
     "nested boxes": (lambda _: nested_boxes(20_000), InvalidMedia),
     "compressed boxes": (
         lambda _: nested_boxes(0) + box(b"moov", box(b"cmov", zlib.compress(bytes(10_000_000)))),
         InvalidMedia,
     ),
-    "huge header": (lambda _: b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + bytes(500), LimitExceeded),
+    "huge header": (lambda _: b"GIF89a" + struct.pack("<HH", 65_535, 65_535) + bytes(500), InvalidMedia),
 }
 
 
@@ -207,6 +208,23 @@ async def test_an_animated_gif_is_a_video(pool: DecodePool, tmp_path: Path) -> N
     assert (info.frames, info.codec) == (40, "gif")
     assert info.fps == pytest.approx(10, rel=0.05)
     assert await decoded(pool, tmp_path / "moving.gif", (0, 20, 39)) == (3, ())
+
+
+async def test_an_animated_webp_is_a_video_with_the_times_of_its_frames(pool: DecodePool, tmp_path: Path) -> None:
+    path = tmp_path / "moving.webp"
+    pictures = [Image.fromarray(picture(number)) for number in range(12)]
+    durations = [100] * 6 + [1000] * 6
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=durations, lossless=True)
+    info = await probe(pool, path)
+    assert (info.frames, info.is_variable_rate) == (12, True)
+    assert info.duration_s == pytest.approx(6.6, abs=1.0)
+    assert info.time_s(11) == pytest.approx(5.6)
+    run = FrameRun(indices=(0, 3, 11))
+    for _ in range(2):
+        async with pool.decode(path, VIDEO, run, None, 1, Deadline.after(30)) as chunk:
+            assert chunk.missing == ()
+            for frame, number in zip(chunk.frames_FHWC, run.indices, strict=True):
+                assert np.array_equal(frame, picture(number))
 
 
 async def test_a_video_with_sound_subtitles_and_cover_art_is_read_by_its_pictures(

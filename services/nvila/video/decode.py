@@ -21,7 +21,6 @@ instead of 14, which is not worth any difference. Never more than one full-size 
 from __future__ import annotations
 
 import itertools
-import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -36,7 +35,6 @@ from numpy.typing import NDArray
 
 from nvila.errors import InvalidMedia
 from nvila.model.preprocess import resize_exact
-from nvila.types import MediaKind
 from nvila.video.media import DecodeLimits, MediaInfo
 from nvila.video.probe import check_pixels, open_video, read_table
 
@@ -46,11 +44,10 @@ EXACT_PIXELS = 1920 * 1088
 _SEEK_WORTH_FRAMES = 8
 """A seek throws away the frames that the decoder holds back for reordering; below this gain decoding on is cheaper."""
 
+_SEEK_TRIES = 3
+
 _SKIPPING_CODECS = ("h264", "hevc", "mpeg1video", "mpeg2video", "mpeg4")
 """Decoders that look at `skip_frame` packet by packet (libdav1d takes it once, for good)."""
-
-_MAX_KNOTS = 50_000
-_MAX_KEY_FRAMES = 1_000
 
 
 class VideoReader:
@@ -62,6 +59,7 @@ class VideoReader:
         self._container, self._stream = open_video(path, limits)
         self._table = read_table(self._container, self._stream, limits)
         self._can_skip = self._table.is_timed and self._stream.codec_context.codec.canonical_name in _SKIPPING_CODECS
+        self._seek_stamps = (self._table.key_pts, self._table.key_dts)  # containers differ in which one they go by
         self._reformatter = VideoReformatter()
         self._untrusted_keys: set[int] = set()
         self._settled_keys: set[int] = set()
@@ -101,32 +99,17 @@ class VideoReader:
 
     def _describe(self) -> MediaInfo:
         last, frame = self._last_decodable()
-        table, frames, fps = self._table, last + 1, self._fps()
-        times_s = table.times_s(fps)[:frames]
-        mean_s = float(times_s[-1]) / (frames - 1) if frames > 1 else 0.0
-        is_variable = bool(frames > 1 and np.max(np.abs(times_s - np.arange(frames) * mean_s)) > mean_s / 2)
-        if mean_s and not is_variable and abs(fps * mean_s - 1) > 0.01:
-            fps = 1 / mean_s  # the header's rate contradicts the frames' own times
-        step = max(1, math.ceil(frames / _MAX_KNOTS)) if is_variable else max(1, frames - 1)
-        knots = sorted({*range(0, frames, step), frames - 1})
-        keys = table.key_numbers[table.key_numbers < frames]
-        keys = keys[:: max(1, math.ceil(len(keys) / _MAX_KEY_FRAMES))]
-        is_turned = _quarter_turns(frame) % 2 == 1
-        context = self._stream.codec_context
-        width, height = (context.height, context.width) if is_turned else (context.width, context.height)
-        return MediaInfo(
-            kind=MediaKind.VIDEO,
+        table, context = self._table, self._stream.codec_context
+        width, height = context.width, context.height
+        keys = table.key_numbers[table.key_numbers <= last]
+        return MediaInfo.of_video(
             container=self._container.format.name,
             codec=context.codec.canonical_name,
-            width_px=width,
-            height_px=height,
-            frames=frames,
-            fps=fps,
-            duration_s=float(times_s[-1]) + (1 / fps if fps else mean_s),
+            size_px=(height, width) if _quarter_turns(frame) % 2 else (width, height),
+            times_s=table.times_s(self._fps())[: last + 1],
+            fps=self._fps(),
+            key_frames=keys.tolist() if table.is_timed and len(keys) else (0,),
             rotation_deg=frame.rotation % 360,
-            is_variable_rate=is_variable,
-            knots=tuple((number, float(times_s[number])) for number in knots),
-            key_frames=tuple(keys.tolist()) if table.is_timed else (0,),
             stream_count=len(self._container.streams.video),
         )
 
@@ -203,12 +186,10 @@ class VideoReader:
 
     def _seek(self, key: int | None) -> None:
         """Go to a key frame; where the container cannot, to an earlier one, and at last to the file's start."""
-        while key is not None:
-            wanted = int(self._table.key_pts[key])
-            for stamp in (wanted, int(self._table.key_dts[key])):
-                if self._lands_at_or_before(wanted, stamp):
-                    return
-            key = key - 1 if key > 0 else None
+        for at in () if key is None else range(key, max(key - _SEEK_TRIES, -1), -1):
+            wanted = int(self._table.key_pts[at])
+            if any(self._lands_at_or_before(wanted, int(stamps[at])) for stamps in self._seek_stamps):
+                return
         self._container.close()
         self._container, self._stream = open_video(self._path, self._limits)
         self._start_over()

@@ -35,13 +35,13 @@ _UPRIGHT = {
 """What turns a picture with this EXIF orientation upright, as in `ImageOps.exif_transpose`."""
 _FIRST_SIDEWAYS = 5
 
-_BROKEN = (OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, ArithmeticError, struct.error)
+BROKEN_IMAGE = (OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, ArithmeticError, struct.error)
 """What Pillow's readers raise on broken files."""
 
 
 def probe_image(path: Path, limits: DecodeLimits) -> MediaInfo:
     """What the header says. Raises `InvalidMedia`, `UnsupportedMedia` or `LimitExceeded`."""
-    with _open(path, limits) as image:
+    with open_image(path, limits) as image:
         width, height = image.size
         if _orientation(image) >= _FIRST_SIDEWAYS:
             width, height = height, width
@@ -57,7 +57,7 @@ def probe_image(path: Path, limits: DecodeLimits) -> MediaInfo:
 
 def read_image(path: Path, limits: DecodeLimits) -> NDArray[np.uint8]:
     """The picture as uint8 RGB (rows, columns, 3). Raises as `probe_image`; a cut-off file is `InvalidMedia`."""
-    with _open(path, limits) as image:
+    with open_image(path, limits) as image:
         turn = _UPRIGHT.get(_orientation(image))
         try:
             image.load()
@@ -65,7 +65,7 @@ def read_image(path: Path, limits: DecodeLimits) -> NDArray[np.uint8]:
             return np.asarray(rgb if turn is None else rgb.transpose(turn), dtype=np.uint8)
         except MemoryError:
             raise
-        except _BROKEN:
+        except BROKEN_IMAGE:
             raise InvalidMedia("the image is broken or cut off") from None
 
 
@@ -75,7 +75,8 @@ def _deep_grey(image: Image.Image) -> Image.Image:
     return Image.fromarray((levels >> 8).astype(np.uint8)).convert("RGB")
 
 
-def _open(path: Path, limits: DecodeLimits) -> Image.Image:
+def open_image(path: Path, limits: DecodeLimits) -> Image.Image:
+    """Read the header and check it. Raises as `probe_image`."""
     check_file(path, limits)
     Image.MAX_IMAGE_PIXELS = None  # our own limit is checked below, before a pixel is decoded
     try:
@@ -84,7 +85,7 @@ def _open(path: Path, limits: DecodeLimits) -> Image.Image:
         raise
     except UnidentifiedImageError:
         raise UnsupportedMedia(f"not an image of a known type ({', '.join(FORMATS)})") from None
-    except _BROKEN:
+    except BROKEN_IMAGE:
         raise InvalidMedia("the image's header is broken") from None
     try:
         check_pixels(*image.size, limits)
@@ -100,6 +101,6 @@ def _orientation(image: Image.Image) -> int:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
     except MemoryError:
         raise
-    except _BROKEN:
+    except BROKEN_IMAGE:
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1

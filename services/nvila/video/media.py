@@ -5,7 +5,8 @@ Both travel to and from the decode workers as JSON.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvila.types import MediaKind
+
+_MAX_KNOTS = 50_000
+_MAX_KEY_FRAMES = 1_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,45 @@ class MediaInfo:
         """Presentation time of one frame, seconds."""
         numbers, times = zip(*self.knots, strict=True)
         return float(np.interp(frame, numbers, times))
+
+    @classmethod
+    def of_video(
+        cls,
+        *,
+        container: str,
+        codec: str,
+        size_px: tuple[int, int],
+        times_s: NDArray[np.float64],
+        fps: float,
+        key_frames: Sequence[int] = (0,),
+        rotation_deg: int = 0,
+        stream_count: int = 1,
+    ) -> MediaInfo:
+        """times_s: presentation time of every usable frame, ascending from 0. fps: as the header says, 0 if it does
+        not; where it contradicts a constant spacing of the frames by more than 1 %, the spacing is believed.
+        """
+        frames = len(times_s)
+        mean_s = float(times_s[-1]) / (frames - 1) if frames > 1 else 0.0
+        is_variable = bool(mean_s and np.max(np.abs(times_s - np.arange(frames) * mean_s)) > mean_s / 2)
+        if mean_s and not is_variable and abs(fps * mean_s - 1) > 0.01:
+            fps = 1 / mean_s
+        step = max(1, math.ceil(frames / _MAX_KNOTS)) if is_variable else max(1, frames - 1)
+        knots = sorted({*range(0, frames, step), frames - 1})
+        return cls(
+            kind=MediaKind.VIDEO,
+            container=container,
+            codec=codec,
+            width_px=size_px[0],
+            height_px=size_px[1],
+            frames=frames,
+            fps=fps,
+            duration_s=float(times_s[-1]) + (1 / fps if fps else mean_s),
+            rotation_deg=rotation_deg,
+            is_variable_rate=is_variable,
+            knots=tuple((number, float(times_s[number])) for number in knots),
+            key_frames=tuple(key_frames[:: max(1, math.ceil(len(key_frames) / _MAX_KEY_FRAMES))]),
+            stream_count=stream_count,
+        )
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)

@@ -80,7 +80,7 @@ def check_file(path: Path, limits: DecodeLimits) -> os.stat_result:
 
 def check_pixels(width_px: int, height_px: int, limits: DecodeLimits) -> None:
     if width_px < 1 or height_px < 1:
-        raise InvalidMedia(f"the header says {width_px} x {height_px} pixels")
+        raise InvalidMedia("the header gives no picture size that can be decoded")
     if width_px * height_px > limits.max_pixels:
         raise LimitExceeded.of(
             f"pixels of a {width_px} x {height_px} picture", asked=width_px * height_px, limit=limits.max_pixels

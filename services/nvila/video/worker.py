@@ -28,6 +28,7 @@ from nvila.errors import InvalidMedia, LimitExceeded, NvilaError, Overloaded
 from nvila.model.preprocess import resize_exact
 from nvila.types import MediaKind
 from nvila.video import sandbox
+from nvila.video.animation import WebpReader, is_webp
 from nvila.video.decode import VideoReader
 from nvila.video.images import probe_image, read_image
 from nvila.video.media import DecodeLimits, MediaInfo
@@ -46,7 +47,7 @@ class Worker:
         self._limits = limits
         self._arena_fd = arena_fd
         self._arena = mmap.mmap(arena_fd, arena_bytes)
-        self._reader: VideoReader | None = None
+        self._reader: VideoReader | WebpReader | None = None
         self._reader_of: tuple[object, ...] = ()
 
     def answer(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -118,12 +119,13 @@ class Worker:
                 yield position, time_s, rgb_HWC
                 position += 1
 
-    def _open(self, path: Path) -> VideoReader:
+    def _open(self, path: Path) -> VideoReader | WebpReader:
         status = check_file(path, self._limits)
         identity = (str(path), status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
         if self._reader is None or self._reader_of != identity:
             self.forget()
-            self._reader, self._reader_of = VideoReader(path, self._limits), identity
+            self._reader = WebpReader(path, self._limits) if is_webp(path) else VideoReader(path, self._limits)
+            self._reader_of = identity
         return self._reader
 
     def _frames(self, offset: int, shape: tuple[int, ...]) -> NDArray[np.uint8]:
