@@ -95,6 +95,13 @@ async def test_an_image_keeps_its_own_size(pool: DecodePool, tmp_path: Path) -> 
         assert np.array_equal(chunk.frames_FHWC[0], rgb)
 
 
+async def test_an_image_of_several_is_brought_to_the_tile_size(pool: DecodePool, tmp_path: Path) -> None:
+    rgb = picture(4, 37, 21)
+    path = write_image(tmp_path / "picture.png", Image.fromarray(rgb))
+    async with pool.decode(path, MediaKind.IMAGE, FrameRun(indices=(0,)), 64, 1, soon()) as chunk:
+        assert np.array_equal(chunk.frames_FHWC[0], resize_exact(rgb, 64, 64))
+
+
 async def test_256_frames_in_eight_runs_at_once_decode_little_more_than_the_file(pools: Pools) -> None:
     async with pools() as pool:
         info = await pool.probe(BIKES, VIDEO, soon())
