@@ -1,8 +1,10 @@
-"""An OTLP receiver: real protobuf messages over HTTP, on a thread, for tests and benchmarks that look at spans."""
+"""An OTLP receiver: real OTLP over HTTP, protobuf and JSON, on a thread, for tests and benchmarks that look at spans."""
 
 from __future__ import annotations
 
+import base64
 import gzip
+import json
 import threading
 import time
 from dataclasses import dataclass
@@ -10,6 +12,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import TracebackType
 from typing import Self
 
+from google.protobuf import json_format
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceRequest,
     ExportTraceServiceResponse,
@@ -49,7 +52,8 @@ class OtlpReceiver:
                 body = self.rfile.read(int(self.headers["Content-Length"]))
                 if self.headers.get("Content-Encoding") == "gzip":
                     body = gzip.decompress(body)
-                receiver._take(ExportTraceServiceRequest.FromString(body))
+                is_json = self.headers.get("Content-Type") == "application/json"  # Triton's exporter
+                receiver._take(_from_json(body) if is_json else ExportTraceServiceRequest.FromString(body))
                 answer = ExportTraceServiceResponse().SerializeToString()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/x-protobuf")
@@ -124,6 +128,17 @@ class OtlpReceiver:
         ]
         with self._lock:
             self._spans.extend(taken)
+
+
+def _from_json(body: bytes) -> ExportTraceServiceRequest:
+    """OTLP's JSON is protobuf's, except that ids are hex and not base64."""
+    record = json.loads(body)
+    for resource in record["resourceSpans"]:
+        for scope in resource["scopeSpans"]:
+            for span in scope["spans"]:
+                for name in ("traceId", "spanId", "parentSpanId"):
+                    span[name] = base64.b64encode(bytes.fromhex(span.get(name, ""))).decode()
+    return json_format.ParseDict(record, ExportTraceServiceRequest(), ignore_unknown_fields=True)
 
 
 def _plain(value: object) -> object:

@@ -20,7 +20,7 @@ async def test_256_frames_become_32_groups_of_tokens_and_the_second_question_enc
     assert first.text
     assert video["frames_asked"] == video["frames_encoded"] == 256
     assert video["chunks"] == 8
-    assert first.usage.prompt_tokens_details.model_extra["video_tokens"] == video["tokens"]
+    assert first.usage.prompt_tokens_details.to_dict()["video_tokens"] == video["tokens"]
     assert video["tokens"] % 32 == 0
 
     second = await ask(client, messages(video_part(data_url(BIKES), num_frames=256), question="And how does it end?"))
@@ -53,7 +53,7 @@ async def test_media_are_used_in_order_and_all_of_them(client: openai.AsyncOpenA
     assert [media["kind"] for media in forward.coverage["media"]] == ["image", "image"]
     assert [media["kind"] for media in mixed.coverage["media"]] == ["image", "video"]
     assert forward.text != backward.text
-    details = mixed.usage.prompt_tokens_details.model_extra
+    details = mixed.usage.prompt_tokens_details.to_dict()
     assert details["image_tokens"] > 0
     assert details["video_tokens"] > 0
 
@@ -104,6 +104,6 @@ async def test_a_client_that_leaves_stops_the_work(client: openai.AsyncOpenAI, h
 async def test_the_model_says_what_it_is(client: openai.AsyncOpenAI) -> None:
     (model,) = (await client.models.list()).data
     extra = model.model_extra or {}
-    assert extra["max_frames"] == 256
+    assert extra["nvila"]["max_frames"] == 256
     assert extra["is_random"] is True
     assert extra["max_model_len"] >= 4096

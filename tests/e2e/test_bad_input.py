@@ -124,7 +124,7 @@ async def test_a_malformed_file_gets_a_typed_error(http: httpx.AsyncClient, part
 @pytest.mark.parametrize("url", BAD_URLS)
 async def test_a_hostile_address_is_denied(http: httpx.AsyncClient, url: str) -> None:
     error = await refuse(http, {"messages": messages(video_part(url))})
-    assert error["code"] in {"forbidden_url", "invalid_request", "not_found"}
+    assert error["code"] in {"forbidden_url", "invalid_request", "invalid_media", "not_found"}
     assert "secret" not in error["message"]
 
 

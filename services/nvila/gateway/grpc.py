@@ -153,7 +153,7 @@ async def _answering(context: grpc.aio.ServicerContext, method: str) -> AsyncIte
                 about.append(("nvila-param", error.param))
             if error.retry_after_s is not None:
                 about.append(("retry-after-s", f"{error.retry_after_s:g}"))
-            await context.abort(code, error.message, about)
+            await context.abort(code, error.message, tuple(about))
 
 
 class _KeyNeeded(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -180,7 +180,7 @@ def _refusal(message: str) -> grpc.RpcMethodHandler:
     """A handler of the most general kind, which serves calls of every kind."""
 
     async def refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
-        await context.abort(grpc.StatusCode.UNAUTHENTICATED, message, [("nvila-error", Unauthenticated.code)])
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, message, (("nvila-error", Unauthenticated.code),))
 
     return grpc.stream_stream_rpc_method_handler(refuse)
 
