@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -71,19 +72,19 @@ def connect(args: argparse.Namespace) -> GatewayClient:
     return GatewayClient(config.url, args.api_key or config.api_key)
 
 
-def print_answer(ask: Ask, answer: Iterator[str | Report], *, as_json: bool, at_once: bool) -> tuple[str, Report]:
+def print_answer(ask: Ask, pieces: Generator[str | Report, None, None], *, as_json: bool, at_once: bool) -> None:
     """Print the text on stdout as it comes and the account on stderr; or all of it as one JSON object."""
     said: list[str] = []
-    pieces = iter(answer)
-    with show.waiting(_waiting_for(ask.media)):
-        piece = next(pieces)
-    while isinstance(piece, str):
-        piece = piece if said else piece.lstrip()
-        said.append(piece)
-        if not as_json and not at_once:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-        piece = next(pieces)
+    with closing(pieces):
+        with show.waiting(_waiting_for(ask.media)):
+            piece = next(pieces)
+        while isinstance(piece, str):
+            piece = piece if said else piece.lstrip()
+            said.append(piece)
+            if not as_json and not at_once:
+                sys.stdout.write(piece)
+                sys.stdout.flush()
+            piece = next(pieces)
     text = "".join(said)
     if as_json:
         show.print_json(
@@ -95,10 +96,9 @@ def print_answer(ask: Ask, answer: Iterator[str | Report], *, as_json: bool, at_
                 "coverage": piece.coverage,
             }
         )
-        return text, piece
+        return
     print(text if at_once else "", flush=True)
     print_account(piece)
-    return text, piece
 
 
 def print_account(report: Report) -> None:

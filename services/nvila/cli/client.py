@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ class GatewayClient:
         with self._errors():
             return self._http.get("/metrics", timeout=2).text
 
-    def ask(self, ask: Ask) -> Iterator[str | Report]:
+    def ask(self, ask: Ask) -> Generator[str | Report, None, None]:
         """Pieces of text, then one `Report`. Raises an `NvilaError` as the gateway named it.
 
         Local files are uploaded first and deleted afterwards; what they showed stays in the token cache.

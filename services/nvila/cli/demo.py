@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 from rich.live import Live
@@ -85,21 +85,21 @@ def _stack(args: argparse.Namespace, folder: StackFolder, model: Path) -> Iterat
 
 
 def _ask(gateway: GatewayClient, ask: Ask, number: int, *, is_quiet: bool) -> Report:
-    pieces = gateway.ask(ask)
     if is_quiet:
-        return next(piece for piece in pieces if isinstance(piece, Report))
+        return [piece for piece in gateway.ask(ask) if isinstance(piece, Report)][-1]
     path = ask.media[0].path
     assert path is not None, "the demo's video is a file"
     show.console.print(
         f"[bold cyan]question {number}[/]  {path.name}, {ask.num_frames} frames: [bold]{ask.question}[/]"
     )
-    with _Work(gateway):
-        piece = next(pieces)
-    typist = show.Typist()
-    while isinstance(piece, str):
-        typist.write(piece)
-        piece = next(pieces)
-    typist.end()
+    with closing(gateway.ask(ask)) as pieces:
+        with _Work(gateway):
+            piece = next(pieces)
+        typist = show.Typist()
+        while isinstance(piece, str):
+            typist.write(piece)
+            piece = next(pieces)
+        typist.end()
     print_account(piece)
     show.console.print()
     return piece

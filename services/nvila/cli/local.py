@@ -7,12 +7,9 @@ still decoded in a worker process, because media files are not to be trusted any
 from __future__ import annotations
 
 import asyncio
-import os
-import queue
 import tempfile
-import threading
 import uuid
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,7 +197,7 @@ async def local_pipeline(model: Path) -> AsyncIterator[Pipeline]:
             metrics=metrics,
         )
         opened.push_async_callback(remote.close)
-        arena = FrameArena.create(f"nv-{os.getpid()}-local", _ARENA_BYTES)
+        arena = FrameArena.create("nvila-local", _ARENA_BYTES)
         pool = await DecodePool.start(DecodeLimits(workers=1), arena)
         opened.push_async_callback(pool.aclose)
         yield Pipeline(
@@ -259,28 +256,29 @@ def to_question(ask: Ask) -> Question:
     )
 
 
-def answer_here(ask: Ask, model: Path) -> Iterator[str | Report]:
-    """As `GatewayClient.ask`: pieces of text, then one `Report`. The work runs in a thread with an event loop."""
-    pieces: queue.Queue[str | Report | BaseException] = queue.Queue()
-
-    async def work() -> None:
-        async with local_pipeline(model) as pipeline:
-            card = await pipeline.describe()
-            async for event in pipeline.answer(to_question(ask)):
-                pieces.put(_report(card, event) if isinstance(event, Answered) else event.text)
-
-    def run() -> None:
+def answer_here(ask: Ask, model: Path) -> Generator[str | Report, None, None]:
+    """As `GatewayClient.ask`: pieces of text, then one `Report`. The event loop turns while a piece is awaited."""
+    with asyncio.Runner() as runner:
+        pieces = _pieces(ask, model)
         try:
-            asyncio.run(work())
-        except BaseException as error:  # the thread's edge: whatever it is, the reader raises it
-            pieces.put(error)
+            while True:
+                piece = runner.run(_next(pieces))
+                yield piece
+                if isinstance(piece, Report):
+                    return
+        finally:
+            runner.run(pieces.aclose())
 
-    threading.Thread(target=run, name="nvila-local", daemon=True).start()
-    while not isinstance(piece := pieces.get(), Report):
-        if isinstance(piece, BaseException):
-            raise piece
-        yield piece
-    yield piece
+
+async def _pieces(ask: Ask, model: Path) -> AsyncGenerator[str | Report, None]:
+    async with local_pipeline(model) as pipeline:
+        card = await pipeline.describe()
+        async for event in pipeline.answer(to_question(ask)):
+            yield _report(card, event) if isinstance(event, Answered) else event.text
+
+
+async def _next(pieces: AsyncGenerator[str | Report, None]) -> str | Report:
+    return await anext(pieces)
 
 
 def _report(card: ModelCard, answered: Answered) -> Report:

@@ -212,7 +212,8 @@ class Supervisor:
         """Some libraries choose names at random (Python's semaphores): who uses which is only seen while it runs."""
         for name, running in self._running.items():
             family = processes.marked(f"{self.state.stack_id}/{name}")
-            running.state.shared_memory = tuple(sorted(processes.shared_memory_of(family)))
+            seen = processes.shared_memory_of(family) | set(running.state.shared_memory)
+            running.state.shared_memory = tuple(sorted(seen & set(os.listdir("/dev/shm"))))
 
     # -- the end
 
