@@ -67,7 +67,7 @@ def request(
     traceparent: str = "",
 ) -> GenerateRequest:
     items = tuple(media)
-    parts = (*(MediaPart(index) for index in range(len(items))), TextPart(text))
+    parts: tuple[TextPart | MediaPart, ...] = (*map(MediaPart, range(len(items))), TextPart(text))
     return GenerateRequest(
         request_id=f"test-{next(_numbers)}",
         messages=(Message(Role.USER, parts),),

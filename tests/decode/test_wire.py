@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from nvila.cache.codec import RecordFormat
+from nvila.cache.codec import RecordFormat, to_inline
 from nvila.decode import wire
 from nvila.errors import DeadlineExceeded, InvalidRequest, NvilaError, Overloaded
 from nvila.internal.v1 import decode_pb2 as pb
@@ -89,7 +89,7 @@ def _flip(message: pb.GenerateRequest) -> None:
 def _not_finite(message: pb.GenerateRequest) -> None:
     tokens = tokens_of(FILM, FORM)
     tokens[0].values_TD[0, 0] = np.nan
-    message.inline[0].CopyFrom(wire.to_inline(tokens[0]))
+    message.inline[0].CopyFrom(to_inline(tokens[0]))
 
 
 @pytest.mark.parametrize(

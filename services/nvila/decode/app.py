@@ -139,6 +139,8 @@ def metrics_application(overrides: dict[str, Any] | None = None) -> serve.Applic
         name=MetricsPage.__name__,
         ray_actor_options={"num_cpus": 0},
         max_ongoing_requests=100,
+        graceful_shutdown_wait_loop_s=0.1,
+        graceful_shutdown_timeout_s=1,
         logging_config=_QUIET,
     )
     return page.bind()
@@ -169,6 +171,7 @@ def build(settings: Settings) -> serve.Application:
             request_router_class=_ROUTER,
             request_router_kwargs={"num_fallback_replicas": settings.max_replicas - 1},
         ),
+        max_constructor_retry_count=3,
         health_check_period_s=settings.health_check_period_s,
         graceful_shutdown_timeout_s=settings.drain_s,
         graceful_shutdown_wait_loop_s=0.5,
@@ -226,16 +229,23 @@ def main() -> int:
             name = "_".join(("NVILA_DECODE", *map(str, problem["loc"]))).upper()
             print(f"{name}: {problem['msg']}", file=sys.stderr)  # noqa: T201  # before logging is configured
         return 2
+    if not (settings.model / "config.json").is_file() and not (settings.model / "model" / "config.json").is_file():
+        print("NVILA_DECODE_MODEL: the folder holds no config.json", file=sys.stderr)  # noqa: T201
+        return 2
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     logs.configure(APPLICATION, level=settings.log_level, style=settings.log_style)
     logging.getLogger("ray").setLevel(logging.WARNING)
     with cluster(settings):
-        serve.run_many(
-            [
-                serve.RunTarget(metrics_application(), name=METRICS_APPLICATION, route_prefix="/metrics"),
-                serve.RunTarget(build(settings), name=APPLICATION, route_prefix=f"/{APPLICATION}"),
-            ]
-        )
+        try:
+            serve.run_many(
+                [
+                    serve.RunTarget(metrics_application(), name=METRICS_APPLICATION, route_prefix="/metrics"),
+                    serve.RunTarget(build(settings), name=APPLICATION, route_prefix=f"/{APPLICATION}"),
+                ]
+            )
+        except RuntimeError as error:  # Serve's only word for a replica that cannot start
+            _log.error("the application did not start", extra=fields(reason=str(error)))
+            return 1
         _log.info("ready", extra=fields(grpc_port=settings.grpc_port, http_port=settings.http_port))
         _wait_for_signal()
         _log.info("stopping")

@@ -1,7 +1,7 @@
 """`/metrics` of the decode service: what its replicas report, as one page.
 
 A scrape reaches one process, and which replica a request reaches is Serve's choice. So each replica reports its metrics
-(ours and vLLM's) every few seconds to one small deployment, which labels them with the replica and answers scrapes,
+(ours and vLLM's) every second to one small deployment, which labels them with the replica and answers scrapes,
 also while every replica is busy. Ray's own metrics are elsewhere, on its nodes' ports.
 """
 
@@ -16,8 +16,8 @@ from prometheus_client.metrics_core import METRIC_TYPES
 from prometheus_client.parser import text_string_to_metric_families
 from prometheus_client.registry import Collector
 
-REPORT_EVERY_S = 2.0
-FORGET_AFTER_S = 5 * REPORT_EVERY_S
+REPORT_EVERY_S = 1.0
+FORGET_AFTER_S = 10 * REPORT_EVERY_S
 """A replica that has not reported for so long is gone."""
 
 _ENGINE_PREFIX = "vllm:"

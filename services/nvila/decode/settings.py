@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+Port = Annotated[int, Field(ge=1, le=65535)]
+Count = Annotated[int, Field(ge=1)]
+Amount = Annotated[int, Field(ge=0)]
+Seconds = Annotated[float, Field(gt=0)]
 
 
 class Settings(BaseSettings):
@@ -25,61 +30,61 @@ class Settings(BaseSettings):
     """Arithmetic of the language model. `auto`: bfloat16 on a GPU, float32 on a processor (DESIGN §7)."""
     token_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """How visual tokens are stored. `auto`: float32 for a float32 model, else bfloat16. int8 halves the bytes."""
-    max_model_len: int = Field(0, ge=0)
+    max_model_len: Amount = 0
     """Positions of prompt plus answer; 0: what the model was made for, at most 32,768."""
 
     # the engine
-    max_num_seqs: int = Field(32, ge=1, le=1024)
+    max_num_seqs: Annotated[int, Field(ge=1, le=1024)] = 32
     """Sequences generated together by one replica."""
-    max_batched_tokens: int = Field(2048, ge=64)
+    max_batched_tokens: Annotated[int, Field(ge=64)] = 2048
     """Positions computed in one engine step: a long prefill is cut into pieces of this, between which others go on."""
-    kv_cache_bytes: int = Field(0, ge=0)
+    kv_cache_bytes: Amount = 0
     """Memory for keys and values per replica. 0: on a GPU what `gpu_memory` leaves, on a processor two prompts of full
     length, 256 MiB at least."""
-    gpu_memory: float = Field(0.9, gt=0, le=1)
+    gpu_memory: Annotated[float, Field(gt=0, le=1)] = 0.9
     """Fraction of a GPU's memory that vLLM may take."""
-    cpu_threads: int = Field(0, ge=0)
+    cpu_threads: Amount = 0
     """Threads of arithmetic on a processor; 0: one per core this process may use."""
-    prefill_step_tokens: int = Field(1024, ge=0)
+    prefill_step_tokens: Amount = 1024
     """Streaming prefill: while later chunks are still being encoded, the prompt's beginning is prefilled whenever it
     has grown by this many positions. 0: off."""
 
     # the token cache
     redis_url: str = ""
     """redis[s]://[user:password@]host:port/db. Empty: no cache; visual tokens must come inline."""
-    redis_ttl_s: float = Field(3600, gt=0)
+    redis_ttl_s: Seconds = 3600
     """How long a record lives after its last use."""
-    redis_timeout_s: float = Field(2, gt=0)
+    redis_timeout_s: Seconds = 2
     """Of one round trip."""
-    token_wait_s: float = Field(60, gt=0)
+    token_wait_s: Seconds = 60
     """How long a request waits for visual tokens before it says which are missing (its deadline may end it sooner)."""
 
     # listening
     host: str = "127.0.0.1"
     """Address of Serve's HTTP proxy. The gRPC proxy always listens on all: Ray offers no choice."""
-    grpc_port: int = Field(9000, ge=1, le=65535)
+    grpc_port: Port = 9000
     """Serve's gRPC proxy: the decode service itself."""
-    http_port: int = Field(8100, ge=1, le=65535)
+    http_port: Port = 8100
     """Serve's HTTP proxy: `/metrics`, `/-/healthz`."""
 
     # scaling
-    min_replicas: int = Field(1, ge=0)
+    min_replicas: Amount = 1
     """Replicas kept. Equal to `max_replicas`: a fixed number, no autoscaling."""
-    max_replicas: int = Field(1, ge=1)
+    max_replicas: Count = 1
     """Most replicas."""
-    target_ongoing_requests: float = Field(16, gt=0)
+    target_ongoing_requests: Annotated[float, Field(gt=0)] = 16
     """Requests per replica that autoscaling aims at."""
-    max_ongoing_requests: int = Field(32, ge=1)
+    max_ongoing_requests: Count = 32
     """Requests that a replica takes on; further ones go to another or wait."""
-    max_queued_requests: int = Field(64, ge=-1)
+    max_queued_requests: Annotated[int, Field(ge=-1)] = 64
     """Requests that wait at a proxy; further ones are refused as overload. -1: no limit."""
-    replica_gpus: int = Field(0, ge=0)
+    replica_gpus: Amount = 0
     """GPUs of one replica; several are used together (tensor parallel)."""
-    replica_cpus: float = Field(1, ge=0)
+    replica_cpus: Annotated[float, Field(ge=0)] = 1
     """Processor share that Ray reserves for one replica."""
-    health_check_period_s: float = Field(2, gt=0)
-    """How often Serve asks a replica, and it its engine, whether it lives; after three failures Serve starts another."""
-    drain_s: float = Field(30, ge=0)
+    health_check_period_s: Seconds = 2
+    """How often Serve asks a replica, and that its engine, whether it lives; three times no, and another is started."""
+    drain_s: Annotated[float, Field(ge=0)] = 30
     """How long a replica that is to stop may finish what it has begun."""
 
     # Ray
@@ -87,7 +92,7 @@ class Settings(BaseSettings):
     """A running Ray cluster (`auto`, host:port); empty: an own one on this machine, stopped with this process."""
     ray_folder: Path | None = None
     """Where the own cluster keeps sockets and logs; a short path. Absent: a temporary folder, removed at the end."""
-    object_store_bytes: int = Field(128 << 20, ge=80 << 20)
+    object_store_bytes: Annotated[int, Field(ge=80 << 20)] = 128 << 20
     """Ray's shared memory on the own cluster; requests with inline tokens pass through it."""
 
     # logs
@@ -100,4 +105,9 @@ class Settings(BaseSettings):
     def _check(self) -> Self:
         if self.min_replicas > self.max_replicas:
             raise ValueError(f"MIN_REPLICAS {self.min_replicas} is more than MAX_REPLICAS {self.max_replicas}")
+        if self.max_batched_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"MAX_BATCHED_TOKENS {self.max_batched_tokens} is less than MAX_NUM_SEQS {self.max_num_seqs}: "
+                "a step computes one position of every sequence at least"
+            )
         return self
