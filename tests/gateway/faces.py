@@ -150,7 +150,7 @@ class Gateway:
         }
 
 
-HELLO = [{"role": "user", "content": "Hello"}]
+HELLO: Any = [{"role": "user", "content": "Hello"}]
 
 
 def video(url: str = "https://example.com/a.mp4", **more: Any) -> dict[str, Any]:
@@ -189,7 +189,7 @@ async def serving(
     app = http.create_app(keys, replace(HTTP, **http_settings), open_services)
     grpc_server = await grpc.serve(front, keys, "127.0.0.1:0", max_message_bytes=1 << 20)
     try:
-        async with _listening(app) as url, httpx.AsyncClient(base_url=url, trust_env=False) as client:
+        async with _listening(app) as url, httpx.AsyncClient(base_url=url, trust_env=False, verify=False) as client:
             target = f"127.0.0.1:{grpc_server.port}"
             yield Gateway(url, target, pipeline, admission, metrics, files, client)
     finally:

@@ -1,4 +1,4 @@
-"""The chat route as clients see it: the official `openai` client, raw server-sent events, errors, clients that leave."""
+"""The chat route as clients see it: the official client, raw server-sent events, errors, clients that leave."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ async def _events(gateway: Gateway, **body: Any) -> list[dict[str, Any]]:
 
 async def test_the_openai_client_gets_an_answer_with_usage_by_modality_and_coverage(tmp_path: Path) -> None:
     async with serving(tmp_path) as gateway, _openai(gateway) as client:
-        answer = await client.chat.completions.create(model="tiny", messages=HELLO)  # type: ignore[arg-type]
+        answer = await client.chat.completions.create(model="tiny", messages=HELLO)
     assert answer.choices[0].message.content == "A cat."
     assert answer.choices[0].finish_reason == "stop"
     assert answer.usage is not None
@@ -50,7 +50,7 @@ async def test_the_openai_client_streams_and_finds_coverage_on_the_last_chunk(tm
     async with serving(tmp_path) as gateway, _openai(gateway) as client:
         stream = await client.chat.completions.create(
             model="tiny",
-            messages=HELLO,  # type: ignore[arg-type]
+            messages=HELLO,
             stream=True,
             stream_options={"include_usage": has_usage},
         )
@@ -103,10 +103,7 @@ async def test_a_silent_stream_sends_comments_that_the_openai_client_ignores(tmp
         assert any('"late"' in line for line in rest)
         pipeline.go.clear()
         async with _openai(gateway) as client:
-            asking = asyncio.create_task(
-                client.chat.completions.create(model="tiny", messages=HELLO, stream=True)  # type: ignore[call-overload]
-            )
-            stream = await asking
+            stream = await client.chat.completions.create(model="tiny", messages=HELLO, stream=True)
             pipeline.go.set()
             assert "".join([chunk.choices[0].delta.content or "" async for chunk in stream]) == "late"
 
@@ -150,7 +147,7 @@ async def test_an_error_in_the_middle_of_a_stream_is_an_event_that_the_openai_cl
     async with serving(tmp_path, ScriptedPipeline(["A ", Unavailable("decode died")])) as gateway:
         response = await gateway.ask(stream=True)
         async with _openai(gateway) as client:
-            stream = await client.chat.completions.create(model="tiny", messages=HELLO, stream=True)  # type: ignore[call-overload]
+            stream = await client.chat.completions.create(model="tiny", messages=HELLO, stream=True)
             with pytest.raises(openai.APIError, match="decode died"):
                 async for _ in stream:
                     pass

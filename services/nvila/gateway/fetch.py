@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from urllib.parse import unquote_to_bytes
 
+import certifi
 import httpcore
 import httpx
 
@@ -65,7 +66,7 @@ class MediaFetcher:
         self._metrics = metrics
         # No kept connections: each fetch resolves and checks anew. Proxies of the environment are never used.
         self._pool = httpcore.AsyncConnectionPool(
-            ssl_context=ssl_context,
+            ssl_context=ssl_context or _ssl_context(),
             max_connections=None,
             max_keepalive_connections=0,
             network_backend=PinnedBackend(policy, resolver or SystemResolver()),
@@ -157,6 +158,13 @@ class MediaFetcher:
             async for data in response.aiter_stream():
                 await spool.write(data)
         return None
+
+
+def _ssl_context() -> ssl.SSLContext:
+    """Trusts what the system trusts (SSL_CERT_FILE included), and the usual authorities where the system has none."""
+    context = ssl.create_default_context()
+    context.load_verify_locations(certifi.where())
+    return context
 
 
 def _joined(url: httpx.URL, location: str) -> httpx.URL:
