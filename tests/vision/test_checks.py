@@ -26,6 +26,7 @@ def test_the_defaults_fit_the_largest_request(checkpoint: Checkpoint) -> None:
         ({"max_frames": 255}, "MAX_FRAMES 255 is not a multiple of the temporal group 8"),
         ({"max_request_bytes": 1 << 20}, "MAX_REQUEST_BYTES allows 1,048,576"),
         ({"max_pending_tiles": 255}, "MAX_PENDING_TILES 255"),
+        ({"max_pending_bytes": 1 << 20}, "MAX_PENDING_BYTES 1,048,576"),
     ],
 )
 def test_a_limit_below_the_largest_request_is_named(

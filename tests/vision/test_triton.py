@@ -229,22 +229,24 @@ async def test_requests_whose_caller_left_are_dropped_before_they_are_computed(
     assert metric(triton, "nvila_vision_pending_tiles") == 0
 
 
-async def test_a_deadline_ends_a_call_on_both_sides(
+async def test_a_call_that_takes_too_long_ends_at_its_deadline(client: VisionClient, checkpoint: Checkpoint) -> None:
+    with pytest.raises(DeadlineExceeded):
+        await encode(client, checkpoint, video_chunk(checkpoint, 256, seed=45), video_settings(checkpoint), seconds=0.1)
+
+
+async def test_work_not_begun_when_its_time_is_up_is_dropped(
     client: VisionClient, checkpoint: Checkpoint, triton: TritonServer
 ) -> None:
-    ended = 'nvila_vision_requests_total{outcome="'
-    before = metric(triton, f"{ended}deadline_exceeded") + metric(triton, f"{ended}cancelled")
     settings = video_settings(checkpoint)
-    big = [
+    busy = [
         asyncio.create_task(encode(client, checkpoint, video_chunk(checkpoint, 256, seed=seed), settings))
         for seed in (43, 44)
     ]
-    with pytest.raises(DeadlineExceeded):
-        await encode(client, checkpoint, video_chunk(checkpoint, 256, seed=45), settings, seconds=0.1)
-    await asyncio.gather(*big)
-    await eventually(
-        lambda: metric(triton, f"{ended}deadline_exceeded") + metric(triton, f"{ended}cancelled") == before + 1
-    )
+    await eventually(lambda: metric(triton, "nvila_vision_pending_tiles") > 0)
+    late = EncodeCall(key="cd" * 32, settings=settings, timeout_s=0.001).to_bytes()
+    result = await infer(triton, video_chunk(checkpoint, 256, seed=46).frames_FHWC, late)
+    assert result.error_code == DeadlineExceeded.code
+    await asyncio.gather(*busy)
 
 
 async def test_other_weights_than_the_caller_counts_on_are_unavailable(
@@ -288,7 +290,7 @@ async def infer(
     encode_tensor = InferInput(ENCODE, [len(data)], "UINT8")
     encode_tensor.set_data_from_numpy(as_tensor(data))
     try:
-        answer = await client.infer(MODEL, [frames_tensor, encode_tensor], client_timeout=10)
+        answer = await client.infer(MODEL, [frames_tensor, encode_tensor], client_timeout=30)
         return vision_pb2.EncodeResult.FromString(answer.as_numpy(RESULT).tobytes())
     finally:
         await client.close()
@@ -405,8 +407,33 @@ async def test_without_redis_the_tokens_come_inline(
         arena.close()
 
 
+async def test_a_killed_backend_takes_the_server_along_and_open_calls_end_at_once(
+    tmp_path: Path, checkpoint: Checkpoint
+) -> None:
+    triton = TritonServer(tmp_path, {"NVILA_VISION_MODEL": str(checkpoint.path)})
+    try:
+        triton.start()
+        client = VisionClient(triton.url)
+        settings = video_settings(checkpoint)
+        calls = [
+            asyncio.create_task(encode(client, checkpoint, video_chunk(checkpoint, 256, seed=seed), settings))
+            for seed in (70, 71)
+        ]
+        await eventually(lambda: metric(triton, "nvila_vision_pending_tiles") > 0)
+        children = psutil.Process(triton.pid).children(recursive=True)
+        next(child for child in children if "stub" in child.name()).kill()
+        async with asyncio.timeout(5):
+            ended = await asyncio.gather(*calls, return_exceptions=True)
+        assert all(isinstance(end, Unavailable) for end in ended)
+        assert triton.wait(5) != 0
+        await eventually(lambda: not any(child.is_running() for child in children))
+        await client.close()
+    finally:
+        triton.stop()
+
+
 async def eventually_ready(client: VisionClient) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(20):
         while not await client.ready():
             await asyncio.sleep(0.05)
 

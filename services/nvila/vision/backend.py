@@ -9,6 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Coroutine, Sequence
 from importlib.metadata import version
@@ -26,6 +29,7 @@ from nvila.model.encoder import VisionEncoder
 from nvila.telemetry import logs, tracing
 from nvila.telemetry.logs import fields
 from nvila.telemetry.names import Metric
+from nvila.vision import guard
 from nvila.vision.checks import free_shared_bytes, reasons_not_to_start
 from nvila.vision.contract import ENCODE, FRAMES, RESULT, as_tensor
 from nvila.vision.engine import Engine, EngineLimits
@@ -59,9 +63,10 @@ class TritonPythonModel:
             is_padded=device.type == "cuda",
         )
         warm_up(encoder, checkpoint.config, limits)
+        self._guard = start_guard()
         self._loop = _LoopThread()
         self._store = self._loop.run(_open_store(settings, metrics)) if settings.redis_url else None
-        self._engine = Engine(encoder, limits, metrics)
+        self._engine = Engine(encoder, limits, metrics, on_device_lost=_die)
         self._service = VisionService(
             self._engine,
             self._store,
@@ -70,6 +75,7 @@ class TritonPythonModel:
             vision_revision=checkpoint.vision_revision,
             max_frames=settings.max_frames,
             max_request_bytes=settings.max_request_bytes,
+            max_pending_bytes=settings.max_pending_bytes,
         )
         _log.info(
             "vision is ready",
@@ -92,6 +98,8 @@ class TritonPythonModel:
 
     def finalize(self) -> None:
         """Triton has waited for the answers of all open calls."""
+        self._guard.kill()
+        self._guard.wait()
         self._engine.close()
         if self._store is not None:
             self._loop.run(self._store.close())
@@ -127,6 +135,15 @@ def warm_up(encoder: VisionEncoder, config: NvilaConfig, limits: EngineLimits) -
         sizes |= {1 << power for power in range(limits.batch_tiles.bit_length()) if 1 << power < limits.batch_tiles}
     for tiles in sorted(sizes if limits.is_padded else {1}, reverse=True):
         encoder.tower(torch.zeros(tiles, 3, config.tile_px, config.tile_px))
+
+
+def start_guard() -> subprocess.Popen[bytes]:
+    """See `guard.py`. Triton's server is this process's parent."""
+    processes = [os.pidfd_open(os.getppid()), os.pidfd_open(os.getpid())]
+    started = subprocess.Popen([sys.executable, "-I", guard.__file__, *map(str, processes)], pass_fds=processes)
+    for fd in processes:
+        os.close(fd)
+    return started
 
 
 class TritonMetrics:
@@ -196,6 +213,12 @@ def _read_settings() -> Settings:
     except ValidationError as error:
         wrong = [f"NVILA_VISION_{'_'.join(map(str, one['loc'])).upper()}: {one['msg']}" for one in error.errors()]
         raise pb_utils.TritonModelException("; ".join(wrong)) from None
+
+
+def _die() -> None:
+    """An accelerator that failed stays failed for this process; the guard ends the server, and it is started anew."""
+    _log.critical("the accelerator failed, the vision service ends")
+    os._exit(1)
 
 
 def _refuse(reasons: list[str]) -> None:

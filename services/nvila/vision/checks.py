@@ -40,11 +40,15 @@ def reasons_not_to_start(settings: Settings, config: NvilaConfig, free_shared_by
         reasons.append(
             f"{frames} frames need a message of {max(pixels, answer):,} bytes, gRPC takes {MAX_MESSAGE_BYTES:,}"
         )
-    shared = settings.max_pending_tiles * config.tile_px**2 * 3 + _SPARE_SHARED_BYTES
+    if pixels > settings.max_pending_bytes:
+        reasons.append(
+            f"{frames} frames are {pixels:,} bytes, NVILA_VISION_MAX_PENDING_BYTES {settings.max_pending_bytes:,}"
+        )
+    shared = settings.max_pending_bytes + _SPARE_SHARED_BYTES
     if shared > free_shared_bytes:
         reasons.append(
-            f"{settings.max_pending_tiles} waiting tiles (NVILA_VISION_MAX_PENDING_TILES) take up to {shared:,} bytes "
-            f"of shared memory, /dev/shm has {free_shared_bytes:,} free: enlarge it or let fewer tiles wait"
+            f"open calls (NVILA_VISION_MAX_PENDING_BYTES) take up to {shared:,} bytes of shared memory, /dev/shm has "
+            f"{free_shared_bytes:,} free: enlarge it or let fewer bytes wait"
         )
     return reasons
 

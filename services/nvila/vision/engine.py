@@ -101,12 +101,22 @@ class _Job:
 
 
 class Engine:
-    """Start it by making it; `close` fails what is waiting and ends the threads."""
+    """Start it by making it; `close` fails what is waiting and ends the threads.
 
-    def __init__(self, encoder: Encoder, limits: EngineLimits, metrics: MetricSink) -> None:
+    `on_device_lost` is called when the accelerator itself failed, after which nothing more can be computed here.
+    """
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        limits: EngineLimits,
+        metrics: MetricSink,
+        on_device_lost: Callable[[], None] = lambda: None,
+    ) -> None:
         self._encoder = encoder
         self._limits = limits
         self._metrics = metrics
+        self._on_device_lost = on_device_lost
         self._rate = _Rate()
         self._changed = threading.Condition()
         self._unprepared: list[_Job] = []
@@ -185,7 +195,9 @@ class Engine:
         """The next request worth preparing, when there is room for its pixels; None at the end."""
         with self._changed:
             while True:
-                self._unprepared = [job for job in self._unprepared if not job.fail_if_gone()]
+                for job in [job for job in self._unprepared if job.fail_if_gone()]:
+                    self._unprepared.remove(job)
+                    self._note()
                 if self._is_closed:
                     return None
                 for job in self._unprepared:
@@ -211,6 +223,8 @@ class Engine:
                 _log.exception("a tower batch failed", extra=fields(requests=len(batch)))
                 for job, _ in batch:
                     self._end(job, error=_described(error, "computing visual tokens"))
+                if isinstance(error, torch.AcceleratorError):
+                    self._on_device_lost()
 
     def _next_batch(self) -> list[tuple[_Job, int]]:
         with self._changed:

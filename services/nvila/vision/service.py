@@ -11,7 +11,8 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from math import lcm
 
 import numpy as np
@@ -20,7 +21,15 @@ from opentelemetry.trace import SpanKind
 
 from nvila.cache.codec import Record, pack, quantize
 from nvila.cache.store import TokenStore
-from nvila.errors import Cancelled, DeadlineExceeded, InvalidRequest, LimitExceeded, NvilaError, Unavailable
+from nvila.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    LimitExceeded,
+    NvilaError,
+    Overloaded,
+    Unavailable,
+)
 from nvila.internal.v1 import tokens_pb2, vision_pb2
 from nvila.model import cost
 from nvila.model.config import NvilaConfig
@@ -46,6 +55,7 @@ class VisionService:
         vision_revision: str,
         max_frames: int,
         max_request_bytes: int,
+        max_pending_bytes: int,
     ) -> None:
         self._engine = engine
         self._store = store
@@ -54,6 +64,8 @@ class VisionService:
         self._vision_revision = vision_revision
         self._max_frames = max_frames
         self._max_request_bytes = max_request_bytes
+        self._max_pending_bytes = max_pending_bytes
+        self._pending_bytes = 0
         self._writer = f"{socket.gethostname()}:{os.getpid()}"
 
     async def encode(
@@ -93,9 +105,10 @@ class VisionService:
                 return DeadlineExceeded(f"not encoded within the {call.timeout_s:.3g} s that were left")
             return Cancelled("the caller left") if is_cancelled() else None
 
-        features = await asyncio.wrap_future(
-            self._engine.submit(frames_FHWC, call.settings, tiles=tiles, why_gone=why_gone)
-        )
+        with self._held(frames_FHWC.nbytes):
+            features = await asyncio.wrap_future(
+                self._engine.submit(frames_FHWC, call.settings, tiles=tiles, why_gone=why_gone)
+            )
         self._record_spans(features)
         began_ns = time.time_ns()
         with tracing.span("vision.publish") as current:
@@ -113,6 +126,20 @@ class VisionService:
             tiles=features.tiles,
             stage_ms=stage_ms,
         )
+
+    @contextmanager
+    def _held(self, nbytes: int) -> Iterator[None]:
+        """Pixels in shared memory are counted while they are held."""
+        if self._pending_bytes and self._pending_bytes + nbytes > self._max_pending_bytes:
+            raise Overloaded(
+                f"vision queue: {self._pending_bytes:,} bytes of pixels wait and {nbytes:,} more came, at most "
+                f"{self._max_pending_bytes:,}"
+            )
+        self._pending_bytes += nbytes
+        try:
+            yield
+        finally:
+            self._pending_bytes -= nbytes
 
     def _check(self, frames_FHWC: NDArray[np.uint8], call: EncodeCall) -> int:
         """The tiles that this call will make; raises what is wrong with it."""

@@ -33,7 +33,10 @@ class Settings(BaseSettings):
     max_batch_tiles: int = Field(default=16, ge=1)
     """Most tiles of one tower call. Larger batches fill a GPU better and make everybody wait longer."""
     max_pending_tiles: int = Field(default=1024, ge=1)
-    """Tiles that may wait; beyond that requests are refused as overload. Their pixels lie in shared memory."""
+    """Tiles that may wait; beyond that requests are refused as overload."""
+    max_pending_bytes: int = Field(default=768 << 20, ge=1 << 20)
+    """Bytes of pixels of all calls that are open; beyond that, too, requests are refused. They lie in shared memory,
+    which must be that large."""
 
     # the token cache
     redis_url: str = ""
