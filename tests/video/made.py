@@ -62,10 +62,9 @@ def write_video(
 
 
 def decode_everything(path: Path) -> list[NDArray[np.uint8]]:
-    """Every frame in presentation order by plain PyAV, from the first packet to the last, as full-size RGB."""
+    """Every frame as the decoder gives them (presentation order), from first packet to last, as full-size RGB."""
     with av.open(str(path)) as container:
         stream = container.streams.video[0]
-        frames = sorted(container.decode(stream), key=lambda frame: frame.pts or 0)
         return [
             np.ascontiguousarray(
                 np.rot90(
@@ -75,7 +74,7 @@ def decode_everything(path: Path) -> list[NDArray[np.uint8]]:
                     frame.rotation // 90 % 4,
                 )
             )
-            for frame in frames
+            for frame in container.decode(stream)
         ]
 
 

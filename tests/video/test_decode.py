@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -75,6 +76,8 @@ CONTAINERS = {
     "ts": ("libx264", {"g": "12", "bf": "2"}),
     "flv": ("libx264", {"g": "12"}),
     "avi": ("mpeg4", {"g": "12"}),
+    "h264.avi": ("libx264", {"g": "12", "bf": "2"}),
+    "b.avi": ("mpeg4", {"g": "12", "bf": "2"}),
     "mpg": ("mpeg2video", {"g": "12", "bf": "2"}),
     "webm": ("libvpx-vp9", {"g": "12", "deadline": "realtime", "cpu-used": "8"}),
     "vp8.webm": ("libvpx", {"g": "12", "auto-alt-ref": "1", "lag-in-frames": "16"}),
@@ -153,6 +156,29 @@ def test_the_first_frame_is_at_zero_wherever_the_containers_clock_starts(first: 
         times_s = [time_s for _, time_s, _ in reader.read(list(range(info.frames)), (SIDE, SIDE))]
     assert times_s[:2] == pytest.approx([0.0, 0.04])
     assert not info.is_variable_rate
+
+
+def test_a_recording_without_a_duration_or_an_index_is_read(tmp_path: Path) -> None:
+    path = write_video(
+        tmp_path / "live.mkv", frames=60, options={"g": "12", "bf": "2"}, container_options={"live": "1"}
+    )
+    with av.open(str(path)) as container:
+        assert container.duration is None or container.streams.video[0].duration is None
+    assert_same_frames(path, [[0, 30, 59], [7], list(range(60))], 60)
+
+
+def test_frames_without_stamps_are_counted_from_the_start(tmp_path: Path) -> None:
+    path = write_video(tmp_path / "same.mkv", frames=20, options={"g": "5", "bf": "0"})
+    expected = [resize_exact(rgb, SIDE, SIDE) for rgb in decode_everything(path)]
+    with reading(path) as reader:
+        table = reader._table
+        reader._table = replace(table, is_timed=False, pts=np.zeros_like(table.pts))
+        reader._seek(None)
+        for numbers in ([3, 17], [2], list(range(20))):
+            for number, time_s, rgb in reader.read(numbers, (SIDE, SIDE)):
+                assert rgb is not None
+                assert np.array_equal(rgb, expected[number])
+                assert time_s == pytest.approx(number / 25)
 
 
 @pytest.mark.parametrize("rate", [Fraction(1, 1000), 1000])

@@ -155,7 +155,7 @@ def read_table(container: InputContainer, stream: VideoStream, limits: DecodeLim
     if not pts:
         raise InvalidMedia("the video stream holds no frames")
     stamps = np.array([0 if stamp is None else stamp for stamp in pts], np.int64)
-    is_timed = None not in pts and len(np.unique(stamps)) == len(stamps)
+    is_timed = None not in pts and len(np.unique(stamps)) == len(stamps) and not _stamps_are_guesses(container, stream)
     if None in pts:
         stamps[:] = 0
     stamps.sort()
@@ -169,3 +169,11 @@ def read_table(container: InputContainer, stream: VideoStream, limits: DecodeLim
         key_pts=key_pts,
         key_dts=key_dts,
     )
+
+
+def _stamps_are_guesses(container: InputContainer, stream: VideoStream) -> bool:
+    """AVI stores the order of decoding only. Unless no frame is reordered, FFmpeg guesses the presentation stamps, and
+    the guesses depend on where reading began.
+    """
+    context = stream.codec_context
+    return container.format.name == "avi" and (context.has_b_frames or context.codec.canonical_name in ("h264", "hevc"))
