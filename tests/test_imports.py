@@ -28,7 +28,7 @@ ALLOWED = {
     "nvila.vision.client": {"tritonclient"},
     "nvila.decode.client": set(),
     "nvila.gateway.pipeline": set(),
-    "nvila.gateway.app": {"fastapi", "tritonclient"},
+    "nvila.gateway.app": {"fastapi", "tritonclient", "rich"},  # httpx takes rich along where it is installed
 }
 
 

@@ -62,6 +62,9 @@ def test_without_keys_it_does_not_start_unless_told_that_everybody_may_ask(monke
         ("FETCH_PORTS", "http"),
         ("SHARED_MEMORY_PREFIX", "../x"),
         ("LOG_LEVEL", "loud"),
+        ("REDIS_URL", "127.0.0.1:6379"),
+        ("VISION_URL", "http://vision"),
+        ("DECODE_TARGET", "decode"),
         ("DOCS", "perhaps"),
     ],
 )

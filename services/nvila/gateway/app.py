@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -64,6 +65,10 @@ def main() -> None:
         server_header=False,
         proxy_headers=False,
     )
+    # The server raises the signal that ended it once more, after its own handlers are gone; by default that would end
+    # the process before the last spans are sent.
+    for ending in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(ending, lambda *_: None)
     try:
         uvicorn.Server(config).run()
     finally:
@@ -139,8 +144,9 @@ async def _open(settings: GatewaySettings, keys: ApiKeys, opened: AsyncExitStack
     )
     admission = Admission(permits=settings.max_concurrency, queue=settings.max_queue, wait_s=settings.queue_timeout_s)
     front = Front(pipeline=pipeline, admission=admission, files=files, limits=request_limits(settings), metrics=metrics)
+    host = f"[{settings.host}]" if ":" in settings.host else settings.host
     grpc_server = await grpc.serve(
-        front, keys, f"{settings.host}:{settings.grpc_port}", max_message_bytes=settings.max_body_bytes
+        front, keys, f"{host}:{settings.grpc_port}", max_message_bytes=settings.max_body_bytes
     )
     opened.push_async_callback(grpc_server.stop, settings.drain_s)
     opened.callback(admission.close)

@@ -60,9 +60,10 @@ class Named:
                 began = time.perf_counter()
                 status = await self._answer(scope, receive, send, added)
                 seconds = round(time.perf_counter() - began, 3)
-                line = fields(
-                    request_id=request_id, method=scope["method"], path=scope["path"], status=status, seconds=seconds
-                )
+                path = scope.get("raw_path", b"").decode(
+                    "ascii", "replace"
+                )  # as it came: a %0a must not end a log line
+                line = fields(request_id=request_id, method=scope["method"], path=path, status=status, seconds=seconds)
                 _log.info("request", extra=line)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, added: MutableHeaders) -> int:

@@ -21,6 +21,7 @@ _KEY = re.compile(r"[!-9;-~]{8,256}(:[a-z0-9][a-z0-9-]{0,62})?")
 
 Port = Annotated[int, Field(ge=0, le=65535)]
 Seconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+HostPort = Annotated[str, Field(pattern=r"^\S+:\d{1,5}$")]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -45,11 +46,11 @@ class GatewaySettings(BaseSettings):
     one belongs to the tenant `default`. A key is 8 to 256 printable ASCII characters without colon and comma."""
 
     # -- what is behind it
-    vision_url: str = "127.0.0.1:8001"
+    vision_url: HostPort = "127.0.0.1:8001"
     """host:port of Triton's gRPC API."""
-    decode_target: str = "127.0.0.1:9000"
+    decode_target: HostPort = "127.0.0.1:9000"
     """host:port of Ray Serve's gRPC proxy."""
-    redis_url: str = "redis://127.0.0.1:6379/0"
+    redis_url: Annotated[str, Field(pattern=r"^rediss?://\S+$")] = "redis://127.0.0.1:6379/0"
     """The token cache; rediss:// for TLS. It may be away at any time: requests are then slower."""
     data_dir: Path = Path("/var/lib/nvila")
     """Folder for uploaded files and media on the way. Replicas that share it share uploaded files."""

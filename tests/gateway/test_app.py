@@ -1,0 +1,112 @@
+"""The gateway as a real process, with nothing behind it: it says why it is not ready, and ends cleanly."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import httpx
+
+PREFIX = f"nvila-test-{os.getpid()}"
+
+
+def _free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+@asynccontextmanager
+async def _process(
+    folder: Path, **environment: str
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, httpx.AsyncClient]]:
+    http_port, grpc_port, nobody = _free_ports(3)
+    settings = {
+        "HOST": "127.0.0.1",
+        "HTTP_PORT": str(http_port),
+        "GRPC_PORT": str(grpc_port),
+        "API_KEYS": "key-number-one",
+        "VISION_URL": f"127.0.0.1:{nobody}",
+        "DECODE_TARGET": f"127.0.0.1:{nobody}",
+        "REDIS_URL": f"redis://127.0.0.1:{nobody}/0",
+        "DATA_DIR": str(folder),
+        "SHARED_MEMORY_PREFIX": PREFIX,
+        "FRAME_MEMORY_BYTES": str(16 << 20),
+        "DECODE_WORKERS": "1",
+        "RECOVERY_S": "0.2",
+        **environment,
+    }
+    process = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "nvila.gateway.app",
+        env={**os.environ, **{f"NVILA_GATEWAY_{name}": value for name, value in settings.items()}},
+        stderr=asyncio.subprocess.PIPE,
+    )
+    client = httpx.AsyncClient(base_url=f"http://127.0.0.1:{http_port}", trust_env=False, verify=False)
+    try:
+        yield process, client
+    finally:
+        await client.aclose()
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def _until_live(client: httpx.AsyncClient) -> None:
+    async with asyncio.timeout(60):
+        while True:
+            try:
+                assert (await client.get("/health/live")).status_code == 200
+                return
+            except httpx.TransportError:
+                await asyncio.sleep(0.05)
+
+
+async def test_without_the_services_behind_it_is_live_not_ready_answers_503_and_ends_cleanly(tmp_path: Path) -> None:
+    headers = {"Authorization": "Bearer key-number-one"}
+    async with _process(tmp_path) as (process, client):
+        await _until_live(client)
+        async with asyncio.timeout(20):
+            while len(reasons := (await client.get("/health/ready")).json()["reasons"]) < 2:
+                await asyncio.sleep(0.05)
+        assert any("decode" in reason for reason in reasons)
+        assert any("vision" in reason for reason in reasons)
+        body = {"messages": [{"role": "user", "content": "Hello"}]}
+        answer = await client.post("/v1/chat/completions", json=body, headers=headers, timeout=20)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+        metrics = (await client.get("/metrics", headers=headers)).text
+        assert "nvila_decode_workers 1.0" in metrics
+        assert "nvila_cache_up 0.0" in metrics
+        process.send_signal(signal.SIGTERM)
+        async with asyncio.timeout(20):
+            _, log = await process.communicate()
+    assert process.returncode == 0
+    assert b"Traceback" not in log
+    assert list(Path("/dev/shm").glob(f"{PREFIX}*")) == []
+    assert list((tmp_path / "scratch").iterdir()) == []
+
+
+async def test_what_cannot_start_ends_the_process_with_a_failure(tmp_path: Path) -> None:
+    async with _process(tmp_path, FRAME_MEMORY_BYTES=str(1 << 50)) as (process, _):
+        async with asyncio.timeout(60):
+            _, log = await process.communicate()
+    assert process.returncode == 3
+    assert b"shared memory" in log
+
+
+async def test_a_malformed_setting_ends_the_process_with_its_name(tmp_path: Path) -> None:
+    async with _process(tmp_path, MAX_FRAMES="many") as (process, _):
+        async with asyncio.timeout(60):
+            _, log = await process.communicate()
+    assert process.returncode == 1
+    assert b"NVILA_GATEWAY_MAX_FRAMES" in log
+    assert b"Traceback" not in log
