@@ -1,1 +1,1 @@
-"""The way in and out: HTTP and gRPC requests become questions, the pipeline answers them, text streams back. No torch."""
+"""The way in and out: HTTP and gRPC requests become questions, the pipeline answers, text streams back. No torch."""
