@@ -142,7 +142,7 @@ async def test_a_worker_killed_at_work_fails_its_request_only(pools: Pools) -> N
         await until_working(pool)
         busy = next(worker for worker in pool._workers if worker not in pool._free)
         other = asyncio.create_task(digest_of(pool, CARPHONE, (0, 50)))
-        os.kill(busy._process.pid, signal.SIGKILL)
+        os.kill(busy.pid, signal.SIGKILL)
         with pytest.raises(Unavailable, match="try again"):
             await doomed
         assert await other
@@ -153,7 +153,7 @@ async def test_a_worker_killed_at_work_fails_its_request_only(pools: Pools) -> N
 
 async def test_a_worker_that_dies_idle_is_replaced_unnoticed(pools: Pools) -> None:
     async with pools() as pool:
-        old = {process.pid for process in workers()} & {worker._process.pid for worker in pool._workers}
+        old = {process.pid for process in workers()} & {worker.pid for worker in pool._workers}
         for pid in old:
             os.kill(pid, signal.SIGKILL)
         async with asyncio.timeout(30):
@@ -166,7 +166,7 @@ async def test_a_crash_of_the_decoder_is_the_files_fault(pools: Pools) -> None:
     async with pools(limits=DecodeLimits(workers=1)) as pool:
         task = asyncio.create_task(digest_of(pool, BIKES, tuple(range(250))))
         await until_working(pool)
-        os.kill(next(iter(pool._workers))._process.pid, signal.SIGSEGV)
+        os.kill(next(iter(pool._workers)).pid, signal.SIGSEGV)
         with pytest.raises(InvalidMedia, match="decoder broke"):
             await task
 
@@ -251,7 +251,7 @@ from nvila.video.media import DecodeLimits
 from nvila.video.pool import DecodePool
 async def main():
     pool = await DecodePool.start(DecodeLimits(), FrameArena.create("{PREFIX}-orphan", 4096))
-    print(*(worker._process.pid for worker in pool._workers), flush=True)
+    print(*(worker.pid for worker in pool._workers), flush=True)
     await asyncio.sleep(60)
 asyncio.run(main())
 """
@@ -267,7 +267,7 @@ asyncio.run(main())
 
 
 async def test_a_worker_has_no_environment_of_ours_and_few_rights(pool: DecodePool) -> None:
-    process = psutil.Process(next(iter(pool._workers))._process.pid)
+    process = psutil.Process(next(iter(pool._workers)).pid)
     assert set(process.environ()) <= {"LANG", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "LC_CTYPE"}
     status = Path(f"/proc/{process.pid}/status").read_text()
     assert "Seccomp:\t2" in status
@@ -277,7 +277,7 @@ async def test_a_worker_has_no_environment_of_ours_and_few_rights(pool: DecodePo
 async def test_a_worker_closes_a_file_that_nobody_asks_for_any_more(pool: DecodePool, tmp_path: Path) -> None:
     path = write_video(tmp_path / "clip.mp4", frames=3)
     await pool.probe(path, VIDEO, soon())
-    pids = [worker._process.pid for worker in pool._workers]
+    pids = [worker.pid for worker in pool._workers]
     path.unlink()
     started = time.monotonic()
     while any(str(path) in _open_files(pid) for pid in pids):

@@ -12,28 +12,22 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
-import os
-import signal
-import sys
 import time
 from bisect import bisect_right
 from collections.abc import AsyncIterator, Coroutine
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nvila.errors import DeadlineExceeded, InvalidMedia, LimitExceeded, Unavailable, from_wire
+from nvila.errors import DeadlineExceeded, LimitExceeded, Unavailable, from_wire
 from nvila.types import Chunk, Deadline, FrameRun, MediaKind
 from nvila.video.arena import FrameArena
 from nvila.video.media import DecodeLimits, MediaInfo
+from nvila.video.process import WorkerProcess
 
 log = logging.getLogger(__name__)
 
-_START_S = 30.0
-"""A worker imports NumPy, PyAV and Pillow, in 0.3 s on an idle core."""
-_MAX_REPLY_BYTES = 16 * 1024**2
 _PATIENCE_S = 1.0
 """A request that waits longer than this is served next, whatever file a free worker has open."""
 _FIRST_RETRY_S = 0.1
@@ -63,7 +57,7 @@ class _Want:
 
     path: Path
     first: int
-    turn: asyncio.Future[_Worker]
+    turn: asyncio.Future[WorkerProcess]
     since_s: float = field(default_factory=time.monotonic)
 
 
@@ -75,10 +69,10 @@ class DecodePool:
         self.arena = arena
         self.limits = limits
         self.stats = PoolStats()
-        self._workers: set[_Worker] = set()
-        self._free: list[_Worker] = []
+        self._workers: set[WorkerProcess] = set()
+        self._free: list[WorkerProcess] = []
         self._line: list[_Want] = []
-        self._ending: set[_Worker] = set()
+        self._ending: set[WorkerProcess] = set()
         self._background: set[asyncio.Task[None]] = set()
         self._is_handing_out = False
         self._is_closed = False
@@ -216,7 +210,7 @@ class DecodePool:
             raise from_wire(reply["error"], reply["message"], reply.get("retry_after_s"))
         return reply
 
-    async def _borrow(self, path: Path, first: int, deadline: Deadline) -> _Worker:
+    async def _borrow(self, path: Path, first: int, deadline: Deadline) -> WorkerProcess:
         if self._is_closed:
             raise Unavailable("decoding is shutting down")
         want = _Want(path, first, asyncio.get_running_loop().create_future())
@@ -238,7 +232,7 @@ class DecodePool:
 
     # -- who gets which worker -----------------------------------------------------------------------------------------
 
-    def _put_back(self, worker: _Worker) -> None:
+    def _put_back(self, worker: WorkerProcess) -> None:
         if not self._is_closed:
             self._free.append(worker)
             self._hand_out_soon()
@@ -261,14 +255,14 @@ class DecodePool:
                     worker.path, worker.position = want.path, want.first
                     want.turn.set_result(worker)
 
-    def _next_of_same_file(self, worker: _Worker, line: list[_Want]) -> _Want | None:
+    def _next_of_same_file(self, worker: WorkerProcess, line: list[_Want]) -> _Want | None:
         """The nearest run ahead of where this worker's decoder is, unless somebody has waited too long."""
         if time.monotonic() - line[0].since_s > _PATIENCE_S:
             return line[0]
         ahead = [want for want in line if want.path == worker.path and want.first >= worker.position]
         return min(ahead, key=lambda want: want.first, default=None)
 
-    def _any_other(self, worker: _Worker, line: list[_Want]) -> _Want | None:
+    def _any_other(self, worker: WorkerProcess, line: list[_Want]) -> _Want | None:
         """The first run of a file that nobody works on, or the middle run of one where a second worker saves time."""
         for path in dict.fromkeys(want.path for want in line):
             runs = sorted((want for want in line if want.path == path), key=lambda want: want.first)
@@ -289,19 +283,19 @@ class DecodePool:
     # -- the workers ---------------------------------------------------------------------------------------------------
 
     async def _add_worker(self) -> None:
-        worker = await _Worker.start(self.limits, self.arena)
+        worker = await WorkerProcess.start(self.limits, self.arena)
         self._workers.add(worker)
         self._in_background(self._watch(worker))
         self._put_back(worker)
 
-    async def _watch(self, worker: _Worker) -> None:
+    async def _watch(self, worker: WorkerProcess) -> None:
         """Replace a worker that dies while nobody uses it."""
         await worker.wait()
         if worker in self._free:
             self._free.remove(worker)
             await self._put_down(worker)
 
-    async def _put_down(self, worker: _Worker) -> None:
+    async def _put_down(self, worker: WorkerProcess) -> None:
         """End a worker and begin to start another in its place."""
         if worker.has_ended:
             self.stats.crashes += 1
@@ -328,86 +322,3 @@ class DecodePool:
         task = asyncio.create_task(work)
         self._background.add(task)
         task.add_done_callback(self._background.discard)
-
-
-class _Worker:
-    """One worker process, as the pool sees it. `path`, `position`: the file it has open and the last frame read."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self._process = process
-        self._errors = asyncio.create_task(self._log_errors())
-        self.path: Path | None = None
-        self.position = 0
-
-    @classmethod
-    async def start(cls, limits: DecodeLimits, arena: FrameArena) -> _Worker:
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-I", "-W", "ignore", "-m", "nvila.video.worker", str(os.getpid()),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.PIPE,
-            limit=_MAX_REPLY_BYTES,
-            env={"LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
-            start_new_session=True,  # a Ctrl-C at the terminal is the gateway's to handle
-        )  # fmt: skip
-        worker = cls(process)
-        hello = {"limits": asdict(limits), "arena": str(arena.path), "arena_bytes": arena.size_bytes}
-        try:
-            async with asyncio.timeout(_START_S):
-                await worker.ask(hello)
-        except (TimeoutError, InvalidMedia, Unavailable):
-            await worker.end()
-            raise Unavailable("a decode worker did not start") from None
-        except BaseException:
-            await worker.end()
-            raise
-        return worker
-
-    @property
-    def has_ended(self) -> bool:
-        return self._process.returncode is not None
-
-    async def wait(self) -> None:
-        """Until the process has ended."""
-        await self._process.wait()
-
-    async def ask(self, request: dict[str, Any]) -> dict[str, Any]:
-        """One line there, one line back. Raises what the worker's death means to the request."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(json.dumps(request).encode() + b"\n")
-            await self._process.stdin.drain()
-            line = await self._process.stdout.readline()
-        except (BrokenPipeError, ConnectionResetError):
-            line = b""
-        except ValueError:
-            raise LimitExceeded.of(
-                "bytes in a worker's reply", asked=_MAX_REPLY_BYTES, limit=_MAX_REPLY_BYTES
-            ) from None
-        if not line.endswith(b"\n"):
-            raise self._died_of(await self._process.wait())
-        reply: dict[str, Any] = json.loads(line)
-        return reply
-
-    def _died_of(self, code: int) -> Exception:
-        log.warning("decode worker %d ended with code %d", self._process.pid, code)
-        if code == -signal.SIGXCPU:
-            return LimitExceeded("decoding took more processor time than allowed")
-        if code in (-signal.SIGSEGV, -signal.SIGBUS, -signal.SIGABRT, -signal.SIGILL, -signal.SIGFPE, -signal.SIGTRAP):
-            return InvalidMedia("the decoder broke on this file")
-        return Unavailable("a decode worker was lost; try again")
-
-    async def end(self) -> None:
-        """Kill the process and wait until it is gone; twice does no harm."""
-        with contextlib.suppress(ProcessLookupError):
-            self._process.kill()
-        await self._process.wait()
-        if self._process.stdin is not None:
-            self._process.stdin.close()
-        await self._errors
-
-    async def _log_errors(self) -> None:
-        assert self._process.stderr is not None
-        while line := await self._process.stderr.readline():
-            log.warning("decode worker %d: %s", self._process.pid, line.decode(errors="replace").rstrip())
