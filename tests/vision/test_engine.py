@@ -200,6 +200,19 @@ def test_a_broken_batch_is_unavailable_without_internals_and_the_next_works(
     assert result(submit(engine, 4, 2)) == [4, 4]
 
 
+def test_an_accelerator_that_failed_is_reported_as_broken() -> None:
+    class Lost(GatedEncoder):
+        def tower(self, pixels_N3SS: Tensor) -> Tensor:
+            raise torch.AcceleratorError("CUDA error: uncorrectable ECC error encountered")
+
+    broken = threading.Event()
+    engine = Engine(Lost(), LIMITS, Metrics(), on_broken=broken.set)
+    with pytest.raises(Unavailable):
+        submit(engine, 1, 2).result(20)
+    assert broken.wait(20)
+    engine.close()
+
+
 def test_more_tiles_than_may_wait_are_refused(gated: GatedEncoder, engine: Engine) -> None:
     waiting = [submit(engine, 1, 50), submit(engine, 2, 50)]
     with pytest.raises(Overloaded, match="at most 100"):

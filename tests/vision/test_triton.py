@@ -359,6 +359,7 @@ async def test_spans_of_triton_and_of_our_backend_belong_to_the_callers_trace(
 # -- parts that die ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 async def test_without_redis_the_tokens_come_inline(
     tmp_path: Path, checkpoint: Checkpoint, encoder: VisionEncoder
 ) -> None:
@@ -438,6 +439,7 @@ async def eventually_ready(client: VisionClient) -> None:
             await asyncio.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_a_service_that_cannot_work_does_not_start_and_says_why(tmp_path: Path, checkpoint: Checkpoint) -> None:
     reasons = {"255": "not a multiple of the temporal group", "many": "NVILA_VISION_MAX_FRAMES: "}
     servers: list[tuple[TritonServer, str]] = []

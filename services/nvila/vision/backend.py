@@ -66,7 +66,7 @@ class TritonPythonModel:
         self._guard = start_guard()
         self._loop = _LoopThread()
         self._store = self._loop.run(_open_store(settings, metrics)) if settings.redis_url else None
-        self._engine = Engine(encoder, limits, metrics, on_device_lost=_die)
+        self._engine = Engine(encoder, limits, metrics, on_broken=_die)
         self._service = VisionService(
             self._engine,
             self._store,
@@ -216,8 +216,8 @@ def _read_settings() -> Settings:
 
 
 def _die() -> None:
-    """An accelerator that failed stays failed for this process; the guard ends the server, and it is started anew."""
-    _log.critical("the accelerator failed, the vision service ends")
+    """What broke stays broken in this process, so it ends; the guard ends the server, and both are started anew."""
+    _log.critical("the vision service cannot go on and ends")
     os._exit(1)
 
 

@@ -53,7 +53,7 @@ class EncodeCall:
     times_s: tuple[float, ...] = ()
 
     def to_bytes(self) -> bytes:
-        timeout_ms = 0 if self.timeout_s is None else max(1, int(self.timeout_s * 1000))
+        timeout_ms = 0 if self.timeout_s is None else max(1, round(self.timeout_s * 1000))
         return vision_pb2.EncodeRequest(
             key=self.key,
             kind=self.settings.kind,

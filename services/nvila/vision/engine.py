@@ -103,7 +103,7 @@ class _Job:
 class Engine:
     """Start it by making it; `close` fails what is waiting and ends the threads.
 
-    `on_device_lost` is called when the accelerator itself failed, after which nothing more can be computed here.
+    `on_broken` is called when nothing more can be computed here: the accelerator failed, or one of the threads did.
     """
 
     def __init__(
@@ -111,20 +111,20 @@ class Engine:
         encoder: Encoder,
         limits: EngineLimits,
         metrics: MetricSink,
-        on_device_lost: Callable[[], None] = lambda: None,
+        on_broken: Callable[[], None] = lambda: None,
     ) -> None:
         self._encoder = encoder
         self._limits = limits
         self._metrics = metrics
-        self._on_device_lost = on_device_lost
+        self._on_broken = on_broken
         self._rate = _Rate()
         self._changed = threading.Condition()
         self._unprepared: list[_Job] = []
         self._waiting: list[_Job] = []
         self._is_closed = False
         self._threads = [
-            threading.Thread(target=self._prepare_all, name="nvila-prepare", daemon=True),
-            threading.Thread(target=self._compute_all, name="nvila-tower", daemon=True),
+            threading.Thread(target=self._live, args=(self._prepare_all,), name="nvila-prepare", daemon=True),
+            threading.Thread(target=self._live, args=(self._compute_all,), name="nvila-tower", daemon=True),
         ]
         for thread in self._threads:
             thread.start()
@@ -168,6 +168,15 @@ class Engine:
         for job in left:
             if not job.future.done():
                 job.future.set_exception(Unavailable("the vision service is stopping"))
+
+    def _live(self, work: Callable[[], None]) -> None:
+        """A thread that ended on its own would leave every request waiting, so that is not survived."""
+        try:
+            work()
+        except BaseException:
+            _log.critical("a thread of the engine ended", exc_info=True)
+            self._on_broken()
+            raise
 
     # -- the preparing thread
 
@@ -224,7 +233,7 @@ class Engine:
                 for job, _ in batch:
                     self._end(job, error=_described(error, "computing visual tokens"))
                 if isinstance(error, torch.AcceleratorError):
-                    self._on_device_lost()
+                    self._on_broken()
 
     def _next_batch(self) -> list[tuple[_Job, int]]:
         with self._changed:
