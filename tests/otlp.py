@@ -1,4 +1,4 @@
-"""An OTLP receiver: real OTLP over HTTP, protobuf and JSON, on a thread, for tests and benchmarks that look at spans."""
+"""An OTLP receiver: real OTLP over HTTP, protobuf and JSON, on a thread, for whoever looks at spans."""
 
 from __future__ import annotations
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -31,5 +32,5 @@ def test_generated_code_is_what_the_protos_give(tmp_path: Path) -> None:
 def test_every_service_message_rpc_enum_and_field_is_explained(path: Path) -> None:
     lines = [line.strip() for line in path.read_text().splitlines()]
     said = re.compile(r"(message|enum|rpc|service|oneof) \w+|(repeated |optional |map<.*> )?[\w.]+ \w+ = \d+;")
-    bare = [now for before, now in zip(lines, lines[1:], strict=False) if said.match(now) and before[:2] != "//"]
+    bare = [now for before, now in pairwise(lines) if said.match(now) and before[:2] != "//"]
     assert bare == []

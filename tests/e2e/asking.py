@@ -60,9 +60,10 @@ def messages(*parts: dict[str, Any], question: str = "What happens here?") -> li
 async def ask(client: openai.AsyncOpenAI, asked: list[dict[str, Any]], **options: Any) -> Answer:
     """One answer, streamed. `options` go into the request."""
     began = time.perf_counter()
-    stream = await client.chat.completions.create(
+    create: Any = client.chat.completions.create
+    stream = await create(
         model="",
-        messages=asked,  # type: ignore[arg-type]
+        messages=asked,
         stream=True,
         stream_options={"include_usage": True},
         max_tokens=options.pop("max_tokens", TOKENS),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from typing import Any
 
 import httpx
 import openai
@@ -84,9 +85,10 @@ async def test_an_uploaded_file_is_asked_about_by_its_id(client: openai.AsyncOpe
 
 
 async def test_a_client_that_leaves_stops_the_work(client: openai.AsyncOpenAI, http: httpx.AsyncClient) -> None:
-    stream = await client.chat.completions.create(
+    create: Any = client.chat.completions.create
+    stream = await create(
         model="",
-        messages=messages(picture_part := image_part(picture_url(picture(64, 64, seed=9)))),  # type: ignore[arg-type]
+        messages=messages(picture_part := image_part(picture_url(picture(64, 64, seed=9)))),
         stream=True,
         max_tokens=4000,
         extra_body={"ignore_eos": True},

@@ -34,7 +34,7 @@ async def test_a_video_question_over_grpc_is_answered_as_over_http(
     target = f"127.0.0.1:{stack.config.ports.gateway_grpc}"
     options = [("grpc.max_send_message_length", 64 << 20)]
     async with grpc.aio.insecure_channel(target, options=options) as channel:
-        stub = chat_pb2_grpc.ChatServiceStub(channel)
+        stub = chat_pb2_grpc.ChatServiceStub(channel)  # type: ignore[no-untyped-call]
         metadata = [("authorization", f"Bearer {stack.config.api_key}")]
         events = [event async for event in stub.Chat(request, metadata=metadata, timeout=60)]
         with pytest.raises(grpc.aio.AioRpcError) as refused:

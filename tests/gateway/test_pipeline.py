@@ -92,7 +92,10 @@ def ask(*kinds: MediaKind, sampling: VideoSampling | None = None, timeout_s: flo
         MediaSource(kind=kind, url=f"http://media/{position}", sampling=sampling or VideoSampling())
         for position, kind in enumerate(kinds)
     )
-    parts = (*(MediaPart(position) for position in range(len(kinds))), TextPart("What happens?"))
+    parts: tuple[TextPart | MediaPart, ...] = (
+        *(MediaPart(position) for position in range(len(kinds))),
+        TextPart("What happens?"),
+    )
     return Question(
         request_id="r",
         tenant="t",

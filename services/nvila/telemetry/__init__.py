@@ -1,1 +1,1 @@
-"""Traces, metrics and logs, the same in every process: names are declared once here, exporters follow the OTEL_* variables."""
+"""Traces, metrics and logs, alike in every process: names are declared once, exporters follow the OTEL_* variables."""

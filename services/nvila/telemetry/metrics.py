@@ -15,7 +15,7 @@ CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
 class Metrics:
-    """`metrics.add(names.TILES, 3)`, `metrics.set(names.PENDING, 7, stage="vision")`, `metrics.observe(names.SECONDS, .2)`."""
+    """`metrics.add(names.VISION_TILES, 3)`, `metrics.observe(names.STAGE_SECONDS, 0.2, stage="video")`."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
