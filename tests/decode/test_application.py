@@ -15,6 +15,8 @@ from nvila.decode.settings import Settings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore", DeprecationWarning)  # Ray's use of pydantic
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary
+
     from nvila.decode import app
 
 
@@ -43,7 +45,7 @@ def test_requests_are_bounded_at_the_replica_and_at_the_proxy() -> None:
 def test_a_serve_config_s_arguments_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVILA_DECODE_MODEL", "m")
     monkeypatch.setenv("NVILA_DECODE_MAX_ONGOING_REQUESTS", "5")
-    built: Any = app.application({"max_queued_requests": 6})
+    built: Any = call_user_app_builder_with_args_if_necessary(app.application, {"max_queued_requests": 6})
     assert built._bound_deployment.max_ongoing_requests == 5
     assert built._bound_deployment.max_queued_requests == 6
 

@@ -59,11 +59,15 @@ class Replica:
 
         settings = Settings.model_validate_json(settings_json)
         logs.configure(APPLICATION, level=settings.log_level, style=settings.log_style)
-        self._tracing = tracing.configure(APPLICATION, importlib.metadata.version("nvila"))
-        self._metrics = Metrics()
         self._closing = contextlib.AsyncExitStack()
-        self._decode = await self._closing.enter_async_context(build(settings, self._metrics))
-        self._reporting = asyncio.create_task(self._report())
+        self._closing.callback(tracing.configure(APPLICATION, importlib.metadata.version("nvila")).shutdown)
+        self._metrics = Metrics()
+        try:
+            self._decode = await self._closing.enter_async_context(build(settings, self._metrics))
+        except (NvilaError, ValueError) as error:
+            _log.error("the model cannot be served", extra=fields(reason=str(error)))
+            raise
+        self._closing.callback(asyncio.create_task(self._report()).cancel)
 
     async def Generate(self, request: pb.GenerateRequest) -> AsyncIterator[pb.GenerateEvent]:
         try:
@@ -102,9 +106,8 @@ class Replica:
             await asyncio.sleep(exposition.REPORT_EVERY_S)
 
     async def __del__(self) -> None:
-        self._reporting.cancel()
+        """Called by Serve when the replica is to go, its requests answered."""
         await self._closing.aclose()
-        self._tracing.shutdown()
 
 
 class MetricsPage:
