@@ -101,7 +101,7 @@ class VisionClient:
         )
         result = await self._infer(chunk, call, deadline)
         if result.error_code:
-            raise from_wire(result.error_code, result.error_message)
+            raise from_wire(result.error_code, result.error_message, result.retry_after_s or None)
         return _encoded(result, ref, settings)
 
     async def _infer(self, chunk: Chunk, call: EncodeCall, deadline: Deadline) -> vision_pb2.EncodeResult:

@@ -84,7 +84,9 @@ class VisionService:
                 current.set_attribute(names.ATTR_TILES, result.tiles)
             outcome = "ok"
         except NvilaError as error:
-            result = vision_pb2.EncodeResult(error_code=error.code, error_message=error.message)
+            result = vision_pb2.EncodeResult(
+                error_code=error.code, error_message=error.message, retry_after_s=error.retry_after_s or 0
+            )
             outcome = error.code
         except Exception as error:  # the process edge: one call's failure is that call's answer
             _log.exception("an encode call failed")

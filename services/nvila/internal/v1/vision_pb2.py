@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from nvila.internal.v1 import tokens_pb2 as nvila_dot_internal_dot_v1_dot_tokens__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1envila/internal/v1/vision.proto\x12\x11nvila.internal.v1\x1a\x1envila/internal/v1/tokens.proto\"\xe6\x01\n\rEncodeRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x10\n\x08is_tiled\x18\x03 \x01(\x08\x12\x12\n\npool_sizes\x18\x04 \x03(\r\x12,\n\x05\x64type\x18\x05 \x01(\x0e\x32\x1d.nvila.internal.v1.TokenDtype\x12\x17\n\x0fvision_revision\x18\x06 \x01(\t\x12\x13\n\x0bwant_inline\x18\x07 \x01(\x08\x12\x12\n\ntimeout_ms\x18\x08 \x01(\r\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\x0f\n\x07times_s\x18\n \x03(\x01\"\x9a\x02\n\x0c\x45ncodeResult\x12\x12\n\nerror_code\x18\x01 \x01(\t\x12\x15\n\rerror_message\x18\x02 \x01(\t\x12\x32\n\x08manifest\x18\x03 \x01(\x0b\x32 .nvila.internal.v1.TokenManifest\x12\x14\n\x0cis_published\x18\x04 \x01(\x08\x12\x16\n\x0einline_payload\x18\x05 \x01(\x0c\x12\r\n\x05tiles\x18\x06 \x01(\r\x12>\n\x08stage_ms\x18\x07 \x03(\x0b\x32,.nvila.internal.v1.EncodeResult.StageMsEntry\x1a.\n\x0cStageMsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1envila/internal/v1/vision.proto\x12\x11nvila.internal.v1\x1a\x1envila/internal/v1/tokens.proto\"\xe6\x01\n\rEncodeRequest\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\x0c\n\x04kind\x18\x02 \x01(\t\x12\x10\n\x08is_tiled\x18\x03 \x01(\x08\x12\x12\n\npool_sizes\x18\x04 \x03(\r\x12,\n\x05\x64type\x18\x05 \x01(\x0e\x32\x1d.nvila.internal.v1.TokenDtype\x12\x17\n\x0fvision_revision\x18\x06 \x01(\t\x12\x13\n\x0bwant_inline\x18\x07 \x01(\x08\x12\x12\n\ntimeout_ms\x18\x08 \x01(\r\x12\x13\n\x0btraceparent\x18\t \x01(\t\x12\x0f\n\x07times_s\x18\n \x03(\x01\"\xb1\x02\n\x0c\x45ncodeResult\x12\x12\n\nerror_code\x18\x01 \x01(\t\x12\x15\n\rerror_message\x18\x02 \x01(\t\x12\x32\n\x08manifest\x18\x03 \x01(\x0b\x32 .nvila.internal.v1.TokenManifest\x12\x14\n\x0cis_published\x18\x04 \x01(\x08\x12\x16\n\x0einline_payload\x18\x05 \x01(\x0c\x12\r\n\x05tiles\x18\x06 \x01(\r\x12>\n\x08stage_ms\x18\x07 \x03(\x0b\x32,.nvila.internal.v1.EncodeResult.StageMsEntry\x12\x15\n\rretry_after_s\x18\x08 \x01(\x01\x1a.\n\x0cStageMsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -37,7 +37,7 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ENCODEREQUEST']._serialized_start=86
   _globals['_ENCODEREQUEST']._serialized_end=316
   _globals['_ENCODERESULT']._serialized_start=319
-  _globals['_ENCODERESULT']._serialized_end=601
-  _globals['_ENCODERESULT_STAGEMSENTRY']._serialized_start=555
-  _globals['_ENCODERESULT_STAGEMSENTRY']._serialized_end=601
+  _globals['_ENCODERESULT']._serialized_end=624
+  _globals['_ENCODERESULT_STAGEMSENTRY']._serialized_start=578
+  _globals['_ENCODERESULT_STAGEMSENTRY']._serialized_end=624
 # @@protoc_insertion_point(module_scope)

@@ -31,7 +31,7 @@ class EncodeRequest(_message.Message):
     def __init__(self, key: _Optional[str] = ..., kind: _Optional[str] = ..., is_tiled: bool = ..., pool_sizes: _Optional[_Iterable[int]] = ..., dtype: _Optional[_Union[_tokens_pb2.TokenDtype, str]] = ..., vision_revision: _Optional[str] = ..., want_inline: bool = ..., timeout_ms: _Optional[int] = ..., traceparent: _Optional[str] = ..., times_s: _Optional[_Iterable[float]] = ...) -> None: ...
 
 class EncodeResult(_message.Message):
-    __slots__ = ("error_code", "error_message", "manifest", "is_published", "inline_payload", "tiles", "stage_ms")
+    __slots__ = ("error_code", "error_message", "manifest", "is_published", "inline_payload", "tiles", "stage_ms", "retry_after_s")
     class StageMsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -46,6 +46,7 @@ class EncodeResult(_message.Message):
     INLINE_PAYLOAD_FIELD_NUMBER: _ClassVar[int]
     TILES_FIELD_NUMBER: _ClassVar[int]
     STAGE_MS_FIELD_NUMBER: _ClassVar[int]
+    RETRY_AFTER_S_FIELD_NUMBER: _ClassVar[int]
     error_code: str
     error_message: str
     manifest: _tokens_pb2.TokenManifest
@@ -53,4 +54,5 @@ class EncodeResult(_message.Message):
     inline_payload: bytes
     tiles: int
     stage_ms: _containers.ScalarMap[str, float]
-    def __init__(self, error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., manifest: _Optional[_Union[_tokens_pb2.TokenManifest, _Mapping]] = ..., is_published: bool = ..., inline_payload: _Optional[bytes] = ..., tiles: _Optional[int] = ..., stage_ms: _Optional[_Mapping[str, float]] = ...) -> None: ...
+    retry_after_s: float
+    def __init__(self, error_code: _Optional[str] = ..., error_message: _Optional[str] = ..., manifest: _Optional[_Union[_tokens_pb2.TokenManifest, _Mapping]] = ..., is_published: bool = ..., inline_payload: _Optional[bytes] = ..., tiles: _Optional[int] = ..., stage_ms: _Optional[_Mapping[str, float]] = ..., retry_after_s: _Optional[float] = ...) -> None: ...
