@@ -6,14 +6,17 @@ from pathlib import Path
 
 from nvila.cli.state import home
 from nvila.errors import InvalidRequest
+from nvila.model import hub
 
 
 def find_model(named: str | None) -> Path:
-    """The checkpoint's folder. Raises `InvalidRequest` when it was named and is none."""
+    """The checkpoint's folder; a hub id is fetched. Raises `InvalidRequest` when it was named and is none."""
     if named is None:
         return random_model()
     folder = Path(named).expanduser()
-    if not (folder / "config.json").is_file():
+    if not folder.exists() and hub.is_id(named):
+        return hub.locate(named)
+    if not any((folder / place).is_file() for place in ("config.json", "model/config.json")):
         raise InvalidRequest(f"--model {named}: not a checkpoint folder, there is no config.json in it")
     return folder
 

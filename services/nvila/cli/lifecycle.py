@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -103,7 +105,7 @@ def _await_ready(stack: RunningStack, on_change: Callable[[StackState], None]) -
 def _why(folder: StackFolder, state: StackState) -> StartFailed:
     for name, part in state.parts.items():
         if part.phase is PartPhase.FAILED:
-            return StartFailed(f"{name} did not start: {part.reason}", part=name, log_tail=log_tail(folder, name))
+            return StartFailed(f"{name} did not start: {part.reason}", part=name, log_tail=said_reasons(folder, name))
     return StartFailed("the stack did not start", part="supervisor", log_tail=log_tail(folder, "supervisor"))
 
 
@@ -147,8 +149,45 @@ def clear_leftovers(folder: StackFolder) -> bool:
 
 
 def log_tail(folder: StackFolder, part: str, lines: int = 12) -> tuple[str, ...]:
+    """The last lines of a part's log."""
+    return tuple(_log_lines(folder, part)[-lines:])
+
+
+def said_reasons(folder: StackFolder, part: str, lines: int = 4) -> tuple[str, ...]:
+    """The last different lines in which a part that failed says why; the end of its log when none does."""
+    found: dict[str, None] = {}
+    for line in _log_lines(folder, part):
+        reason = _reason(line)
+        if reason:
+            found.pop(reason, None)
+            found[reason] = None
+    return tuple(found)[-lines:] or log_tail(folder, part)
+
+
+_TELLING = re.compile(r"\bE \d+ \S+\] |[a-z](Error|Exception)\b|\b(error|failed|refused)\b", re.IGNORECASE)
+_SOURCE_PREFIX = re.compile(r"^.*?\.(cc|py):\d+\]\s*")
+_LONGEST_REASON = 300
+
+
+def _reason(line: str) -> str:
+    """What a log line says about a failure, without what stands before and after it; empty when it is about none."""
+    if line.startswith("{"):
+        try:
+            event = json.loads(line)
+        except ValueError:
+            return ""
+        if event.get("level") not in ("ERROR", "CRITICAL"):
+            return ""
+        last_words = str(event.get("exception", "")).strip().rpartition("\n")[2]
+        return ": ".join(part for part in (str(event.get("event", "")), last_words) if part)[:_LONGEST_REASON]
+    if line.startswith(("|", "+")) or not _TELLING.search(line):
+        return ""
+    return _SOURCE_PREFIX.sub("", line).split("\\n")[0].strip(' "')[:_LONGEST_REASON]
+
+
+def _log_lines(folder: StackFolder, part: str) -> list[str]:
     try:
         text = folder.log(part).read_text(errors="replace")
     except OSError:
-        return ()
-    return tuple(text.splitlines()[-lines:])
+        return []
+    return [line for line in text.splitlines() if line.strip()]

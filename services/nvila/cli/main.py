@@ -92,7 +92,7 @@ def _common(verb: argparse.ArgumentParser) -> None:
 
 
 def _model(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("--model", metavar="FOLDER", help="NVILA checkpoint (default: a tiny one with random weights)")
+    verb.add_argument("--model", metavar="FOLDER|ID", help="NVILA checkpoint (default: a tiny one with random weights)")
     verb.add_argument("--engine", choices=["vllm", "transformers"], default="vllm", help="what generates the text")
     verb.add_argument("--log-level", choices=["DEBUG", "INFO", "WARNING", "ERROR"], default="INFO")
 
