@@ -219,13 +219,17 @@ async def test_the_deadline_ends_an_answer(client: DecodeClient) -> None:
 
 
 async def test_a_client_that_leaves_frees_the_engine_within_two_seconds(app: DecodeApp, client: DecodeClient) -> None:
+    times = 12
     before = sum(app.metric("nvila_decode_requests_total", outcome="cancelled").values())
-    async with aclosing(client.generate(request(sampling=ENDLESS))) as events:
-        async for event in events:
-            if isinstance(event, TextDelta):
-                break
+    for number in range(times):  # at different moments: while a message is sent, and while the next is awaited
+        async with aclosing(client.generate(request(sampling=ENDLESS))) as events:
+            heard = 0
+            async for event in events:
+                heard += isinstance(event, TextDelta)
+                if heard > number:
+                    break
     page_lag_s = 1.5
-    await until(app, 2 + page_lag_s, "nvila_decode_requests_total", before + 1, outcome="cancelled")
+    await until(app, 2 + page_lag_s, "nvila_decode_requests_total", before + times, outcome="cancelled")
     await until(app, 2 + page_lag_s, "vllm:num_requests_running", 0)
     await until(app, 2 + page_lag_s, "vllm:kv_cache_usage_perc", 0)
 

@@ -42,7 +42,8 @@ _log = logging.getLogger(__name__)
 
 APPLICATION = "decode"
 METRICS_APPLICATION = "decode-metrics"
-SERVICER = "nvila.internal.v1.decode_pb2_grpc.add_DecodeServiceServicer_to_server"
+SERVICER = "nvila.decode.proxy.add_servicer"
+"""For Serve's `grpc_servicer_functions`, here and in a `serveConfigV2`."""
 _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 """Serve's own log lines: one per request would say nothing that spans and metrics do not."""
@@ -55,11 +56,11 @@ class Replica:
     """One engine behind Serve. Methods in capitals are the rpcs of `DecodeService`."""
 
     async def __init__(self, settings_json: str) -> None:  # type: ignore[misc]  # Serve awaits it
+        self._closing = contextlib.AsyncExitStack()
         from nvila.decode.build import build  # heavy; the process that only describes the application does without
 
         settings = Settings.model_validate_json(settings_json)
         logs.configure(APPLICATION, level=settings.log_level, style=settings.log_style)
-        self._closing = contextlib.AsyncExitStack()
         self._closing.callback(tracing.configure(APPLICATION, importlib.metadata.version("nvila")).shutdown)
         self._metrics = Metrics()
         try:
@@ -287,6 +288,7 @@ def _reserved_cpus(settings: Settings) -> int:
 def _check_free(name: str, port: int) -> None:
     """Ray's servers share ports with whoever allows it, so a second stack would get half of the calls."""
     with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # closed connections of an earlier run do not count
         try:
             probe.bind(("0.0.0.0", port))
         except OSError:
