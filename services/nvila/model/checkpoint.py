@@ -1,8 +1,4 @@
-"""A checkpoint folder in the published NVILA layout (NVILA-SPEC §7.1-7.2): configuration, tokenizer, weights.
-
-    config.json   root configuration
-    llm/          a Qwen2 folder, with the tokenizer
-    vision_tower/ SigLIP        mm_projector/ the projector
+"""An opened checkpoint: configuration, tokenizer, weights; the same in every layout that `model/layouts.py` reads.
 
 Only safetensors and JSON are read: no pickle, and no code from the folder. Opening one reads no weights;
 `model/encoder.py` and the decode service take what each needs, memory-mapped.
@@ -12,10 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from blake3 import blake3
@@ -23,11 +18,13 @@ from torch import Tensor
 
 from nvila.errors import InvalidCheckpoint
 from nvila.model.config import NvilaConfig
+from nvila.model.layouts import Layout, LayoutStyle, Part, read_layout
 from nvila.model.projector import Projector
 from nvila.model.published import read_config
+from nvila.model.qwen2 import UNUSED_IN_LLM, llm_shapes
 from nvila.model.siglip import Tower, resize_positions
 from nvila.model.tokenizer import ChatTokenizer
-from nvila.model.weights import Weights
+from nvila.model.unpack import unpack_llm
 
 ARITHMETIC_VERSION = 1
 """Raised when a change of our own code changes the tokens that the same weights give; part of every cache key."""
@@ -43,47 +40,58 @@ UNUSED_IN_TOWER = ("post_layernorm.", "head.", "embeddings.position_ids")
 
 
 class Checkpoint:
-    """An opened folder. Cheap to make; weights are touched when asked for."""
+    """An opened checkpoint. Cheap to make; weights are touched when asked for."""
 
-    def __init__(self, path: Path, root: Mapping[str, Any]) -> None:
-        self.path = path
-        self.is_random = bool(root.get(RANDOM_KEY, False))
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
+        self.is_random = bool(layout.root.get(RANDOM_KEY, False))
         """Its weights were made up: its words mean nothing."""
-        self._tokenizer = ChatTokenizer.open(self.llm_path)
+        self._tokenizer = ChatTokenizer.open(layout.tokenizer)
         self.config: NvilaConfig = read_config(
-            name=path.name,
-            root=root,
-            llm=_json(self.llm_path / "config.json"),
-            tower=_json(path / "vision_tower" / "config.json"),
-            projector=_json(path / "mm_projector" / "config.json"),
-            processor=_json(path / "vision_tower" / "preprocessor_config.json"),
+            name=layout.name,
+            root=layout.root,
+            llm=layout.llm,
+            tower=layout.tower,
+            projector=layout.projector,
+            processor=layout.processor,
             encode=self._tokenizer.encode_markup,
         )
 
     @classmethod
     def open(cls, path: str | Path) -> Checkpoint:
-        """Read a folder's configuration and tokenizer; raises `InvalidCheckpoint` naming what is wrong."""
-        folder = Path(path).resolve()
-        if (folder / "model" / "config.json").exists():
-            folder = folder / "model"
-        root = _json(folder / "config.json")
-        if root.get("model_type") not in ("llava_llama", "vila"):
-            raise InvalidCheckpoint(
-                f"config.json has model_type {root.get('model_type')!r}; known: 'llava_llama', 'vila'"
-            )
-        for part in ("llm", "vision_tower", "mm_projector"):
-            if not (folder / part).is_dir():
-                raise InvalidCheckpoint(f"the checkpoint has no folder {part}/")
-        return cls(folder, root)
+        """Read configuration and tokenizer of a folder or hub id; raises `InvalidCheckpoint` naming what is wrong."""
+        return cls(read_layout(path))
 
     @property
     def name(self) -> str:
-        return self.path.name
+        return self.layout.name
 
     @property
+    def path(self) -> Path:
+        return self.layout.path
+
+    @cached_property
     def llm_path(self) -> Path:
-        """A Qwen2 folder as vLLM and transformers load it."""
-        return self.path / "llm"
+        """A Qwen2 folder as vLLM and transformers load it, its tensors' names and shapes checked.
+
+        The first time that a flat checkpoint is asked for it, this copies the language model's weights into the hub's
+        cache folder (`model/unpack.py`). Raises `InvalidCheckpoint`.
+        """
+        self.check_llm()
+        if self.layout.style is LayoutStyle.VILA:
+            return self.layout.tokenizer
+        return unpack_llm(self.layout)
+
+    def check_llm(self) -> None:
+        """Compare the language model's tensors with its configuration, by their headers.
+
+        vLLM and transformers only warn of a tensor that is missing, and go on with random numbers.
+        """
+        if "quantization_config" in self.layout.llm:
+            return  # packed tensors of another program, which checks them itself
+        shapes = llm_shapes(self.config.llm)
+        unused = (*UNUSED_IN_LLM, *(["lm_head."] if self.config.llm.is_tied else []))
+        self.layout.weights(Part.LLM).check(shapes, unused)
 
     def tokenizer(self) -> ChatTokenizer:
         return self._tokenizer
@@ -113,7 +121,7 @@ class Checkpoint:
                 name: tuple(p.shape) for name, p in Tower(config.tower, config.tower.image_px).state_dict().items()
             }
         skipped = [f"{TOWER_PREFIX}encoder.layers.{i}." for i in range(config.tower.blocks, config.tower.layers)]
-        taken = Weights(self.path / "vision_tower").take(
+        taken = self.layout.weights(Part.TOWER).take(
             {TOWER_PREFIX + name: shape for name, shape in shapes.items()},
             unused=[*skipped, *(TOWER_PREFIX + name for name in UNUSED_IN_TOWER)],
         )
@@ -128,7 +136,7 @@ class Checkpoint:
         with torch.device("meta"):
             projector = Projector(config.projector_type, config.projector_width, config.llm_width)
         shapes = {name: tuple(p.shape) for name, p in projector.state_dict().items()}
-        return Weights(self.path / "mm_projector").take(shapes) if shapes else {}
+        return self.layout.weights(Part.PROJECTOR).take(shapes) if shapes else {}
 
     def embedding_rows(self, ids: Sequence[int] | Tensor) -> Tensor:
         """Input embeddings of text ids, (len(ids), D) in the stored dtype; only these rows are read.
@@ -143,7 +151,7 @@ class Checkpoint:
 
     @cached_property
     def _embedding_table(self) -> Tensor:
-        table = Weights(self.llm_path).tensor(EMBEDDING)
+        table = self.layout.weights(Part.LLM).tensor(EMBEDDING)
         if tuple(table.shape) != (self.config.vocab, self.config.llm_width):
             raise InvalidCheckpoint(
                 f"llm/ tensor {EMBEDDING!r} has shape {tuple(table.shape)}, "
@@ -179,23 +187,3 @@ class Checkpoint:
                 if math.prod(tensor.shape):
                     digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
         return digest.hexdigest()
-
-
-def _json(path: Path) -> dict[str, Any]:
-    label = (
-        path.name
-        if path.name == "config.json" and path.parent.name not in _PARTS
-        else f"{path.parent.name}/{path.name}"
-    )
-    try:
-        content = json.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise InvalidCheckpoint(f"{label} cannot be read: {error.strerror}") from error
-    except ValueError as error:
-        raise InvalidCheckpoint(f"{label} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise InvalidCheckpoint(f"{label} holds no JSON object")
-    return content
-
-
-_PARTS = ("llm", "vision_tower", "mm_projector")

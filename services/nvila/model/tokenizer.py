@@ -69,7 +69,7 @@ class ChatTokenizer:
             template = jinja.read_text("utf-8")
         return cls(
             backend,
-            template=template if isinstance(template, str) else CHAT_TEMPLATE,
+            template=template if isinstance(template, str) and _takes_text(template) else CHAT_TEMPLATE,
             eos=_content(settings.get("eos_token")) or "<|im_end|>",
             bos=_content(settings.get("bos_token")),
             pad=_content(settings.get("pad_token")),
@@ -143,6 +143,11 @@ class ChatTokenizer:
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
         return environment.from_string(self.template)
+
+
+def _takes_text(template: str) -> bool:
+    """Whether messages are strings to it. Flat checkpoints may have a template that walks through lists of parts."""
+    return not re.search(r"for\s+\w+\s+in\s+message(\.content|\[\s*['\"]content['\"]\s*\])", template)
 
 
 def _build(folder: Path, settings: dict[str, Any]) -> Tokenizer:
