@@ -18,7 +18,7 @@ from nvila.cli.state import PartPhase, Phase, StackFolder, StackState, write_who
 from nvila.errors import NvilaError
 
 LOOK_S = 0.1
-STOP_WITHIN_S = 60.0
+STOP_WITHIN_S = 90.0
 """Longest drain of all parts together; what is left then is killed."""
 
 

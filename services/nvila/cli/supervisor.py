@@ -72,6 +72,7 @@ class Supervisor:
     lifeline: IO[bytes] | None = None
     _running: dict[str, _Running] = field(default_factory=dict)
     _signals: list[int] = field(default_factory=list)
+    _written: str = ""
 
     def run(self) -> int:
         """Until told to stop (0), or until the stack could not be started (1)."""
@@ -274,7 +275,7 @@ class Supervisor:
     def _write(self) -> None:
         """Only when something changed: readers look at the file many times a second."""
         record = repr(self.state)
-        if record != getattr(self, "_written", None):
+        if record != self._written:
             self._written = record
             self.folder.write(self.state)
 
