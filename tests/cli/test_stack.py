@@ -9,10 +9,11 @@ from pathlib import Path
 
 import pytest
 
-from nvila.cli import stack
+from nvila.cli import ports, stack
 from nvila.cli.lifecycle import clear_leftovers
+from nvila.cli.ports import HOST, choose_ports
 from nvila.cli.processes import Identity
-from nvila.cli.stack import StackConfig, choose_ports, configure
+from nvila.cli.stack import StackConfig, configure
 from nvila.cli.state import PartPhase, PartState, Phase, StackFolder, StackState
 from nvila.errors import InvalidRequest
 
@@ -27,24 +28,24 @@ def folder(tmp_path: Path) -> StackFolder:
 
 
 def test_ports_are_all_different_and_free() -> None:
-    ports = list(vars(choose_ports()).values())
+    chosen = list(vars(choose_ports()).values())
 
-    assert len(set(ports)) == len(ports)
-    for port in ports:
+    assert len(set(chosen)) == len(chosen)
+    for port in chosen:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((stack.HOST, port))
+            probe.bind((HOST, port))
 
 
 def test_a_base_port_fixes_all_of_them_in_order() -> None:
-    base = next(port for port in range(21_000, 32_000, 16) if all(stack._is_free(port + n) for n in range(8)))
+    base = next(port for port in range(21_000, 32_000, 16) if all(ports._is_free(port + n) for n in range(8)))
 
     assert list(vars(choose_ports(base_port=base)).values()) == list(range(base, base + 8))
 
 
 def test_a_port_in_use_is_refused_by_its_number() -> None:
     with socket.socket() as taken:
-        taken.bind((stack.HOST, 0))
+        taken.bind((HOST, 0))
         taken.listen()
         port = taken.getsockname()[1]
         with pytest.raises(InvalidRequest, match=f"{port}: the port is in use"):
