@@ -38,6 +38,9 @@ async def test_one_question_is_one_trace_over_every_program(http: httpx.AsyncCli
     assert "decode" in parents("decode", "nvila-decode")
     vision_side = [span for span in spans if span.service == "nvila-vision"]
     assert len({span.parent_id for span in vision_side}) >= 2, "one parent for each of the two chunks"
+    (fetched,) = [span for span in spans if span.name == "fetch tokens"]
+    writers = {span.span_id for span in spans if span.name == "vision.publish"}
+    assert set(fetched.links) == writers, "the reader of tokens is linked to who wrote them"
     assert not any(span.is_error for span in spans), [(s.service, s.name) for s in spans if s.is_error]
 
 

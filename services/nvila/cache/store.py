@@ -23,12 +23,13 @@ from typing import Any, Protocol, TypeVar
 
 import redis.asyncio as redis
 from blake3 import blake3
+from opentelemetry import trace
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
-from nvila.cache.codec import CorruptRecord, Record, RecordFormat, unpack
-from nvila.telemetry import names
+from nvila.cache.codec import CorruptRecord, Record, RecordFormat, traceparent_of, unpack
+from nvila.telemetry import names, tracing
 from nvila.telemetry.logs import fields
 from nvila.telemetry.names import Metric
 from nvila.types import Deadline, TokensRef, VisualTokens
@@ -275,6 +276,7 @@ class TokenStore:
             return None
         self._metrics.add(names.CACHE_READS, outcome="hit")
         self._metrics.add(names.CACHE_BYTES, sum(map(len, shards)), direction="read")
+        tracing.link_to(trace.get_current_span(), traceparent_of(manifest))
         return tokens
 
     async def _pipelined(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
