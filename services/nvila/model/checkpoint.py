@@ -134,7 +134,7 @@ class Checkpoint:
         """Parameters of `Projector`, as stored."""
         config = self.config
         with torch.device("meta"):
-            projector = Projector(config.projector_type, config.projector_width, config.llm_width)
+            projector = Projector.of(config)
         shapes = {name: tuple(p.shape) for name, p in projector.state_dict().items()}
         return self.layout.weights(Part.PROJECTOR).take(shapes) if shapes else {}
 

@@ -23,14 +23,42 @@ DOWNSAMPLE = {
     "mlp_downsample_3x3_fix": 3,
     "mlp_downsample_3x3_s2": 3,
     "mlp_downsample_3x3_s2_new": 3,
+    "token_learner_2x2": 2,
+    "token_learner_3x3": 3,
+    "resampler_2x2": 2,
+    "resampler_3x3": 3,
 }
 """Tower tokens per visual token and axis, by projector type; `mlp{n}x_gelu` keeps every token, like `linear`.
 
-From NVlabs/VILA llava/model/multimodal_projector/base_projector.py.
+From NVlabs/VILA llava/model/multimodal_projector/base_projector.py; the last four are ours (`model/compressors.py`): as
+many tokens as the pooling of that name gives, which no published checkpoint uses.
 """
+
+TOKEN_LEARNERS = ("token_learner_2x2", "token_learner_3x3")
+RESAMPLERS = ("resampler_2x2", "resampler_3x3")
+TOKEN_LEARNER_WIDTH = 64
+"""Hidden width of the layers that weigh tokens (`bottleneck_dim` of scenic's TokenLearnerModuleV11)."""
 
 SUPPORTED_FRAMES = 256
 """Frames that one prompt may hold: what the published video model was trained with (stage 5 of NVlabs/VILA)."""
+
+
+def projector_widths(kind: str, width: int, llm_width: int) -> tuple[int, ...]:
+    """Widths from linear layer to linear layer of a projector, behind its compression; empty without any layer."""
+    W, D = width, llm_width
+    if kind.endswith("x_gelu"):
+        return (W, *([D] * int(kind.removeprefix("mlp").removesuffix("x_gelu"))))
+    return {
+        "identity": (),
+        "linear": (W, D),
+        "mlp_downsample": (4 * W, D, D),
+        "mlp_downsample_2x2_fix": (4 * W, D, D),
+        "mlp_downsample_3x3_fix": (9 * W, 3 * W, D, D),
+        "mlp_downsample_3x3_s2": (9 * W, 3 * W, W, W // 3, D, D),
+        "mlp_downsample_3x3_s2_new": (9 * W, 4 * W, 2 * W, W, W // 3, D, D),
+        **dict.fromkeys(TOKEN_LEARNERS, (W, D, D)),
+        **dict.fromkeys(RESAMPLERS, (D, D)),
+    }[kind]
 
 
 class ImageMode(StrEnum):

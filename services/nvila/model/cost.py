@@ -7,9 +7,18 @@ a property test holds them equal to what `model/encoder.py` really makes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 
 from nvila.errors import InvalidRequest
-from nvila.model.config import ImageMode, NvilaConfig, Wrap
+from nvila.model.config import (
+    RESAMPLERS,
+    TOKEN_LEARNER_WIDTH,
+    TOKEN_LEARNERS,
+    ImageMode,
+    NvilaConfig,
+    Wrap,
+    projector_widths,
+)
 from nvila.model.tiles import TileGrid, dynamic_grid, dynamic_s2_grid, dynamic_tiles, square_splits
 from nvila.types import Level, MediaKind, TokenDtype
 
@@ -130,6 +139,26 @@ def tower_flops(config: NvilaConfig, tiles: int) -> float:
     projections = 2 * patches * (4 * tower.width**2 + 2 * tower.width * tower.mlp_width)
     attention = 4 * patches**2 * tower.width
     return float(tiles * (embed + tower.blocks * (projections + attention)))
+
+
+def projector_flops(config: NvilaConfig, tiles: int) -> float:
+    """Floating-point operations of the projector's matrix products for `tiles` tiles, learned compression included."""
+    tokens_in, tokens_out = config.grid**2, config.side**2
+    chain = projector_widths(config.projector_type, config.projector_width, config.llm_width)
+    linear = 2 * tokens_out * sum(before * after for before, after in pairwise(chain))
+    return float(tiles * (linear + compressor_flops(config, tokens_in, tokens_out)))
+
+
+def compressor_flops(config: NvilaConfig, tokens_in: int, tokens_out: int) -> int:
+    """Of one tile in a compressor that learns (`model/compressors.py`); 0 for the published ones."""
+    W, D = config.projector_width, config.llm_width
+    if config.projector_type in TOKEN_LEARNERS:
+        weigh = W * TOKEN_LEARNER_WIDTH + TOKEN_LEARNER_WIDTH * tokens_out + tokens_out * W
+        return 2 * tokens_in * weigh
+    if config.projector_type in RESAMPLERS:
+        keys_and_values = tokens_in * (W * D + 2 * D * D)
+        return 2 * (keys_and_values + tokens_out * 2 * D * D + 2 * tokens_out * tokens_in * D)
+    return 0
 
 
 def prefill_flops(config: NvilaConfig, positions: int) -> float:

@@ -67,7 +67,7 @@ class VisionEncoder:
         config = checkpoint.config
         with torch.device("meta"):
             tower = Tower(config.tower, config.tile_px)
-            projector = Projector(config.projector_type, config.projector_width, config.llm_width)
+            projector = Projector.of(config)
         tower.load(checkpoint.tower_weights())
         projector.load_state_dict(checkpoint.projector_weights(), strict=True, assign=True)
         return cls(config, tower.to(device=device, dtype=dtype), projector.to(device=device, dtype=dtype))

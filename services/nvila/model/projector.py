@@ -11,7 +11,8 @@ from itertools import pairwise
 from torch import Tensor, nn
 
 from nvila.model.compress import space_to_channel
-from nvila.model.config import DOWNSAMPLE
+from nvila.model.compressors import Resampler, TokenLearner
+from nvila.model.config import DOWNSAMPLE, RESAMPLERS, TOKEN_LEARNERS, NvilaConfig, projector_widths
 
 
 class SpaceToChannel(nn.Module):
@@ -26,38 +27,37 @@ class SpaceToChannel(nn.Module):
 
 
 class Projector(nn.Module):
-    """(N tiles, T tokens, C channels) to (N, T', D)."""
+    """(N tiles, T tokens, C channels) to (N, T', D). `tokens`: T', which a compressor that learns has to know."""
 
-    def __init__(self, kind: str, width: int, llm_width: int) -> None:
+    def __init__(self, kind: str, width: int, llm_width: int, tokens: int = 0) -> None:
         super().__init__()
-        self.layers = projector_layers(kind, width, llm_width)
+        self.layers = projector_layers(kind, width, llm_width, tokens)
+
+    @classmethod
+    def of(cls, config: NvilaConfig) -> Projector:
+        """The projector that a configuration describes, with weights as torch makes them."""
+        return cls(config.projector_type, config.projector_width, config.llm_width, config.side**2)
 
     def forward(self, x_NTC: Tensor) -> Tensor:
         projected: Tensor = self.layers(x_NTC)
         return projected
 
 
-def projector_layers(kind: str, width: int, llm_width: int) -> nn.Module:
+def projector_layers(kind: str, width: int, llm_width: int, tokens: int = 0) -> nn.Module:
     """The layers of `mm_projector_type` `kind`, numbered as in a checkpoint."""
-    W, D = width, llm_width
+    widths = projector_widths(kind, width, llm_width)
     if kind == "identity":
         return nn.Identity()
     if kind == "linear":
-        return nn.Linear(W, D)
+        return nn.Linear(width, llm_width)
     if kind.endswith("x_gelu"):
-        depth = int(kind.removeprefix("mlp").removesuffix("x_gelu"))
-        hidden = [layer for _ in range(depth - 1) for layer in (nn.GELU(), nn.Linear(D, D))]
-        return nn.Sequential(nn.Linear(W, D), *hidden)
-    normed_widths = {
-        "mlp_downsample": (4 * W, D),
-        "mlp_downsample_2x2_fix": (4 * W, D),
-        "mlp_downsample_3x3_fix": (9 * W, 3 * W, D),
-        "mlp_downsample_3x3_s2": (9 * W, 3 * W, W, W // 3, D),
-        "mlp_downsample_3x3_s2_new": (9 * W, 4 * W, 2 * W, W, W // 3, D),
-    }[kind]
-    normed = [
-        layer
-        for before, after in pairwise(normed_widths)
-        for layer in (nn.LayerNorm(before), nn.Linear(before, after), nn.GELU())
+        first, *hidden = [nn.Linear(before, after) for before, after in pairwise(widths)]
+        return nn.Sequential(first, *(layer for linear in hidden for layer in (nn.GELU(), linear)))
+    if kind in RESAMPLERS:
+        return Resampler(width, llm_width, tokens)
+    compress = TokenLearner(width, tokens) if kind in TOKEN_LEARNERS else SpaceToChannel(DOWNSAMPLE[kind])
+    *normed, last = pairwise(widths)
+    layers = [
+        layer for before, after in normed for layer in (nn.LayerNorm(before), nn.Linear(before, after), nn.GELU())
     ]
-    return nn.Sequential(SpaceToChannel(DOWNSAMPLE[kind]), *normed, nn.Linear(D, D))
+    return nn.Sequential(compress, *layers, nn.Linear(last[0], last[1]))
