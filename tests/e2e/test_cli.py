@@ -80,9 +80,10 @@ def test_a_checkpoint_that_is_broken_ends_the_start_with_the_parts_own_words(sta
     model = folder.path.parent / "no-weights"
     model.mkdir()
     (model / "config.json").write_text('{"model_type": "something else"}')
+    config = configure(name="broken", model=model)
     began = time.monotonic()
     try:
-        lifecycle.start(configure(name="broken", model=model), folder)
+        lifecycle.start(config, folder)
     except lifecycle.StartFailed as error:
         failure = error
     else:
@@ -91,6 +92,5 @@ def test_a_checkpoint_that_is_broken_ends_the_start_with_the_parts_own_words(sta
     assert failure.part in ("vision", "decode")
     assert any("something else" in line for line in failure.log_tail), failure.log_tail
     assert time.monotonic() - began < 90
-    state = folder.read()
-    assert state is not None
-    assert not processes.marked(state.stack_id)
+    assert folder.read() is None
+    assert not processes.marked(config.stack_id)
