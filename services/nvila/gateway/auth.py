@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hmac
 from collections.abc import Iterable
 from hashlib import sha256
@@ -28,9 +30,20 @@ class ApiKeys:
         """
         if self._is_open:
             return DEFAULT_TENANT
-        scheme, _, key = (authorization or "").partition(" ")
+        scheme, key = _credentials(authorization or "")
         given = sha256(key.strip().encode("utf-8", "surrogateescape")).digest()
         found = [tenant for digest, tenant in self._tenants if hmac.compare_digest(digest, given)]
-        if scheme.lower() != "bearer" or not found:
+        if scheme not in ("bearer", "basic") or not found:
             raise Unauthenticated("a valid API key is needed: `Authorization: Bearer <key>`")
         return found[0]
+
+
+def _credentials(authorization: str) -> tuple[str, str]:
+    """Scheme and key. A browser, which can only send Basic, has the key as its password, under any user name."""
+    scheme, _, key = authorization.partition(" ")
+    if scheme.lower() == "basic":
+        try:
+            key = base64.b64decode(key, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            key = ""
+    return scheme.lower(), key

@@ -19,6 +19,7 @@ from nvila.gateway import http_files, schema
 from nvila.gateway.auth import ApiKeys
 from nvila.gateway.chat import ChatResponse
 from nvila.gateway.front import Front
+from nvila.gateway.http_docs import add_docs
 from nvila.gateway.http_errors import error_object, json_response, note_failure, to_response
 from nvila.gateway.http_services import Having, HttpSettings, Services, Tenant
 from nvila.gateway.middleware import BodyBounded, KeyNeeded, Named
@@ -53,7 +54,7 @@ def create_app(keys: ApiKeys, settings: HttpSettings, open_services: OpenService
         title="nvila",
         description="Ask about images and videos, as OpenAI's chat API has it.",
         lifespan=lifespan,
-        docs_url="/docs" if settings.docs else None,
+        docs_url=None,
         openapi_url="/openapi.json" if settings.docs else None,
         redoc_url=None,
         redirect_slashes=False,
@@ -67,6 +68,8 @@ def create_app(keys: ApiKeys, settings: HttpSettings, open_services: OpenService
     _add_chat(app, settings)
     http_files.add_files(app, settings)
     _add_health(app)
+    if settings.docs:
+        add_docs(app)
     app.openapi_schema = _document(app)
     return app
 

@@ -67,7 +67,7 @@ def to_response(error: NvilaError) -> Response:
     if error.retry_after_s is not None or isinstance(error, Overloaded | Unavailable):
         headers["Retry-After"] = str(max(1, math.ceil(error.retry_after_s or 1)))
     if isinstance(error, Unauthenticated):
-        headers["WWW-Authenticate"] = "Bearer"
+        headers["WWW-Authenticate"] = 'Bearer, Basic realm="nvila: any user, the API key as password"'
     return json_response(status_of(error), to_object(error), headers)
 
 
