@@ -1,0 +1,9 @@
+{{/*
+ACL rules of each role, as the docstring of services/nvila/cache/store.py lists what it needs. `-@all` first: nothing
+else, no other keys, no channels. The probe may only ask whether the server lives.
+*/}}
+{{- define "nvila.redisRules" -}}
+gateway: "~nvila:* -@all +exists +set +get +getex +eval +pexpire +unlink +info"
+vision: "~nvila:* -@all +set +unlink"
+decode: "~nvila:* -@all +exists +getex"
+{{- end }}
