@@ -51,7 +51,7 @@ bench: $(READY) ## Time the path for 256 frames on this machine
 
 golden: $(READY) ## Compare the model with saved reference outputs: make golden GOLDEN=FOLDER
 	@test -n "$(GOLDEN)" || { echo "say where they are: make golden GOLDEN=FOLDER" >&2; exit 2; }
-	@$(BIN)/python -m nvila.model.golden $(GOLDEN)
+	@$(BIN)/python -m nvila.golden $(GOLDEN) --checkpoints tests/data/golden/e2e
 
 clean: ## Remove what was made here: .venv, caches, stopped stacks
 	@test ! -x $(BIN)/nvila || $(BIN)/nvila down --all --quiet || true

@@ -9,9 +9,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from nvila.golden.inputs import synthetic
 from nvila.model.checkpoint import Checkpoint
 from nvila.model.encoder import VisionEncoder
-from nvila.model.golden import synthetic
 from nvila.model.tiny import make_random_checkpoint
 
 torch.set_num_threads(1)

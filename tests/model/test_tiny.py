@@ -8,8 +8,8 @@ import pytest
 import torch
 from blake3 import blake3
 
+from nvila.golden.pipeline import Pipeline
 from nvila.model.checkpoint import Checkpoint
-from nvila.model.golden_models import Pipeline
 from nvila.model.prompt import lay_out, splice
 from nvila.model.tiny import make_random_checkpoint
 from nvila.types import MediaKind, MediaPart, Message, PromptMedia, Role, TextPart, TokensRef

@@ -2,5 +2,5 @@
 
 `config`, `tiles`, `cost` and `published` are pure Python and `preprocess` needs only NumPy and Pillow, so light
 services import them; the rest needs torch. Code here is for one device and one sample; serving and training wrap it.
-Every rule is that of the reference implementation, whose numbers the tests compare (`nvila.model.golden`).
+Every rule is that of the reference implementation, whose numbers the tests compare (`nvila.golden`).
 """

@@ -94,10 +94,29 @@ def lay_out(
     Raises `InvalidRequest` for no messages, media in a system message, a media item that no part or more than one part
     stands for, and records that disagree about their layout.
     """
+    contents = message_contents(messages, media, config)
+    roles = [message.role for message in messages]
+    return compose(roles, contents, tokenizer, add_generation_prompt=add_generation_prompt)
+
+
+def message_contents(
+    messages: Sequence[Message], media: Sequence[PromptMedia], config: NvilaConfig
+) -> list[list[Piece]]:
+    """What the template puts between the marks of each message's turn; raises as `lay_out` does."""
     _check(messages, media)
     pieces_by_media = [media_pieces(index, item, config) for index, item in enumerate(media)]
-    contents = [_stripped(message_pieces(message, pieces_by_media)) for message in messages]
-    turns = [(message.role.value, _stand_in(i)) for i, message in enumerate(messages)]
+    return [_stripped(message_pieces(message, pieces_by_media)) for message in messages]
+
+
+def compose(
+    roles: Sequence[Role],
+    contents: Sequence[Sequence[int | Piece]],
+    tokenizer: ChatTokenizer,
+    *,
+    add_generation_prompt: bool,
+) -> Layout:
+    """The chat template around contents: text, blocks, and ids of control tokens that stand for themselves."""
+    turns = [(role.value, _stand_in(i)) for i, role in enumerate(roles)]
     rendered = tokenizer.render(turns, add_generation_prompt=add_generation_prompt)
     return Layout(tuple(_joined(_fill(tokenizer.split_markup(rendered), contents), tokenizer)))
 
@@ -223,7 +242,7 @@ def _stand_in(index: int) -> str:
     return f"\ue000{index}\ue001"
 
 
-def _fill(markup: Iterable[int | str], contents: Sequence[list[Piece]]) -> Iterator[int | Piece]:
+def _fill(markup: Iterable[int | str], contents: Sequence[Sequence[int | Piece]]) -> Iterator[int | Piece]:
     """The rendered template with each stand-in replaced by the message's content."""
     for piece in markup:
         if isinstance(piece, int):

@@ -42,12 +42,22 @@ class ChatTokenizer:
     """Text to ids and back, and the chat template around messages.
 
     `backend` is the `tokenizers.Tokenizer`, set to read special tokens in text as text. `size` counts media tokens that
-    were added here; ids from the checkpoint's saved vocabulary up have no embedding.
+    were added here; ids from the checkpoint's saved vocabulary up have no embedding. `max_length`: positions that a
+    model was tuned for (`model_max_length`), visual tokens included; None where the folder does not say.
     """
 
-    def __init__(self, backend: Tokenizer, template: str, eos: str, bos: str | None, pad: str | None) -> None:
+    def __init__(
+        self,
+        backend: Tokenizer,
+        template: str,
+        eos: str,
+        bos: str | None,
+        pad: str | None,
+        max_length: int | None = None,
+    ) -> None:
         self.backend = backend
         self.template = template
+        self.max_length = max_length
         # Special again, for folders that saved them otherwise: never matched in plain text, never shown.
         backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in MEDIA_TOKENS])
         self._specials = {t.content: i for i, t in backend.get_added_tokens_decoder().items() if t.special}
@@ -73,6 +83,7 @@ class ChatTokenizer:
             eos=_content(settings.get("eos_token")) or "<|im_end|>",
             bos=_content(settings.get("bos_token")),
             pad=_content(settings.get("pad_token")),
+            max_length=settings.get("model_max_length"),
         )
 
     @property
