@@ -23,6 +23,7 @@ from nvila.gateway.http_services import HttpSettings, Services
 from nvila.gateway.pipeline import Answered, AnswerEvent
 from nvila.gateway.request import RequestLimits
 from nvila.gateway.scratch import Scratch
+from nvila.model.estimate import RequestCost, request_cost
 from nvila.telemetry.metrics import Metrics
 from nvila.types import (
     Coverage,
@@ -105,6 +106,17 @@ class ScriptedPipeline:
         if isinstance(self.card, NvilaError):
             raise self.card
         return self.card
+
+    async def estimate(self, question: Question) -> RequestCost:
+        self.questions.append(question)
+        return request_cost(
+            CONFIG,
+            [],
+            question.messages,
+            answer_tokens=question.sampling.max_tokens,
+            longest=CARD.max_model_len,
+            dtype=CARD.token_dtype,
+        )
 
     async def answer(self, question: Question) -> AsyncGenerator[AnswerEvent, None]:
         self.questions.append(question)

@@ -18,6 +18,7 @@ from nvila.errors import Cancelled, DeadlineExceeded, NvilaError
 from nvila.gateway.admission import Admission
 from nvila.gateway.pipeline import Answered, AnswerEvent
 from nvila.gateway.request import Asked, Files, RequestLimits, to_question
+from nvila.model.estimate import RequestCost
 from nvila.telemetry import names, tracing
 from nvila.telemetry.metrics import Metrics
 from nvila.types import Deadline, MediaKind, ModelCard, Question, TextPart
@@ -29,6 +30,7 @@ class Answerer(Protocol):
     """What the faces ask of the pipeline."""
 
     def answer(self, question: Question) -> AsyncGenerator[AnswerEvent, None]: ...
+    async def estimate(self, question: Question) -> RequestCost: ...
     async def describe(self) -> ModelCard: ...
 
 
@@ -79,6 +81,9 @@ class Front:
     async def question(self, asked: Asked, tenant: str) -> tuple[Question, ModelCard]:
         card = await self.card()
         return await to_question(asked, tenant, card, self._files, self.limits), card
+
+    async def estimate(self, question: Question) -> RequestCost:
+        return await self._pipeline.estimate(question)
 
     async def answer(
         self, question: Question, card: ModelCard, *, is_stream: bool

@@ -15,7 +15,7 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from nvila.errors import NotFound, NvilaError
-from nvila.gateway import http_files, schema
+from nvila.gateway import http_estimate, http_files, schema
 from nvila.gateway.auth import ApiKeys
 from nvila.gateway.chat import ChatResponse
 from nvila.gateway.front import Front
@@ -152,6 +152,8 @@ def _add_chat(app: FastAPI, settings: HttpSettings) -> None:
     async def chat(services: Having, tenant: Tenant) -> Response:
         """Ask about any number of images and videos."""
         return ChatResponse(services.front, tenant, body_s=settings.body_s, heartbeat_s=settings.heartbeat_s)
+
+    http_estimate.add_estimate(app, settings, body)
 
     @app.get("/v1/models", tags=["models"])
     async def models(services: Having) -> ModelList:

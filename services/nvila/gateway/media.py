@@ -16,6 +16,7 @@ from nvila.cache.keys import record_key
 from nvila.gateway.ports import LocalMedia
 from nvila.model import cost
 from nvila.model.config import NvilaConfig
+from nvila.model.estimate import MediaSize
 from nvila.types import (
     Chunk,
     EncodeSettings,
@@ -120,11 +121,17 @@ class MediaItem:
     def _facts(self) -> list[ChunkFacts]:
         return [chunk.facts for chunk in self.chunks if chunk.facts is not None]
 
-    def expected_positions(self, config: NvilaConfig) -> int:
-        """Language-model positions if every frame can be decoded: known before any work."""
+    def size(self, config: NvilaConfig) -> MediaSize:
+        """What it will be if every frame can be decoded: known before any work."""
         group = config.temporal_group if self.source.kind is MediaKind.VIDEO else 1
-        levels = [self._levels(config, -(-len(chunk.run.indices) // group) * group) for chunk in self.chunks]
-        return self._positions(config, levels)
+        return MediaSize(
+            kind=self.source.kind,
+            is_tiled=self.settings.is_tiled,
+            width_px=self.width_px,
+            height_px=self.height_px,
+            runs=tuple(-(-len(chunk.run.indices) // group) * group for chunk in self.chunks),
+            pool_sizes=self.settings.pool_sizes,
+        )
 
     def _levels(self, config: NvilaConfig, frames: int) -> tuple[Level, ...]:
         return cost.levels(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Collection
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from nvila.cache.codec import RecordFormat
@@ -28,6 +28,7 @@ from nvila.gateway.ports import Decoder, Fetcher, Frames, LocalMedia, Store, Vis
 from nvila.gateway.work import Clock, Patience, first_of, gather, stop
 from nvila.model import cost
 from nvila.model.config import NvilaConfig
+from nvila.model.estimate import RequestCost, request_cost
 from nvila.telemetry import names
 from nvila.telemetry.metrics import Metrics
 from nvila.types import (
@@ -104,10 +105,20 @@ class Pipeline:
             await stop(work)
 
     async def _work(self, question: Question, emit: Emit) -> None:
+        async with self._one(question) as one:
+            emit(await one.follow(emit))
+
+    async def estimate(self, question: Question) -> RequestCost:
+        """What the answer would cost, from headers alone: media are fetched and looked into, no pixel is decoded."""
+        async with self._one(question) as one:
+            return await one.estimate()
+
+    @asynccontextmanager
+    async def _one(self, question: Question) -> AsyncGenerator[OneAnswer, None]:
+        """A question's way, within its time; of several failures the one that matters comes out."""
         try:
             async with asyncio.timeout(question.deadline.left_s()), AsyncExitStack() as files:
-                one = OneAnswer(self, question, await self.describe(), files)
-                emit(await one.follow(emit))
+                yield OneAnswer(self, question, await self.describe(), files)
         except TimeoutError:
             raise DeadlineExceeded("the request's time is up") from None
         except BaseExceptionGroup as group:
@@ -226,16 +237,26 @@ class OneAnswer:
             else:
                 chunk.facts = None
 
+    async def estimate(self) -> RequestCost:
+        with self._clock.stage("plan"):
+            self._items = await self._plan_all()
+        return self._cost()
+
     def _check_size(self) -> None:
         """Refuse what cannot fit before any pixel is decoded. The decode service checks exactly, with the text."""
-        visual = sum(item.expected_positions(self._config) for item in self._items)
-        answer, longest = self._question.sampling.max_tokens, self._card.max_model_len
-        if visual + answer >= longest:
-            raise LimitExceeded(
-                f"visual tokens: {visual:,} asked, at most {max(longest - answer, 0):,} allowed ({longest:,} of the "
-                f"model less {answer:,} for the answer); ask for fewer frames, fewer media or a shorter answer",
-                param="messages",
-            )
+        excess = self._cost().excess
+        if excess is not None:
+            raise LimitExceeded(excess, param="messages")
+
+    def _cost(self) -> RequestCost:
+        return request_cost(
+            self._config,
+            [item.size(self._config) for item in self._items],
+            self._question.messages,
+            answer_tokens=self._question.sampling.max_tokens,
+            longest=self._card.max_model_len,
+            dtype=self._card.token_dtype,
+        )
 
     # -- encoding: chunk -> frames -> name -> cache -> vision
 
