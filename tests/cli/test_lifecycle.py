@@ -30,6 +30,10 @@ def folder(tmp_path: Path) -> StackFolder:
         ),
         ("ValueError: NVILA_DECODE_MODEL: field required", "ValueError: NVILA_DECODE_MODEL: field required"),
         ("error: creating server: Internal", "error: creating server: Internal"),
+        (
+            '\x1b[36m(Replica pid=3)\x1b[0m {"level": "ERROR", "event": "it cannot be served", "reason": "no such model"}',
+            "it cannot be served: no such model",
+        ),
     ],
 )
 def test_the_lines_that_say_why_are_told_without_what_surrounds_them(
@@ -39,6 +43,12 @@ def test_the_lines_that_say_why_are_told_without_what_surrounds_them(
     folder.log("vision").write_text("\n".join([*harmless, line, line, *harmless]))
 
     assert said_reasons(folder, "vision") == (reason,)
+
+
+def test_our_own_words_are_preferred_to_those_of_others(folder: StackFolder) -> None:
+    folder.log("decode").write_text('ValueError: 3\n{"level": "ERROR", "event": "no model"}\nRuntimeError: Traceback\n')
+
+    assert said_reasons(folder, "decode") == ("no model",)
 
 
 def test_without_such_lines_the_end_of_the_log_is_told(folder: StackFolder) -> None:

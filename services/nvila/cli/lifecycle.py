@@ -153,36 +153,44 @@ def log_tail(folder: StackFolder, part: str, lines: int = 12) -> tuple[str, ...]
     return tuple(_log_lines(folder, part)[-lines:])
 
 
-def said_reasons(folder: StackFolder, part: str, lines: int = 4) -> tuple[str, ...]:
-    """The last different lines in which a part that failed says why; the end of its log when none does."""
-    found: dict[str, None] = {}
-    for line in _log_lines(folder, part):
-        reason = _reason(line)
-        if reason:
-            found.pop(reason, None)
-            found[reason] = None
-    return tuple(found)[-lines:] or log_tail(folder, part)
+def said_reasons(folder: StackFolder, part: str, lines: int = 3) -> tuple[str, ...]:
+    """What a part that failed says about why: its own error events if there are any, else lines of the programs it runs
+    that speak of errors, else the end of its log. The last different ones."""
+    said = [_RAY_PREFIX.sub("", line) for line in _log_lines(folder, part)]
+    events = [_event_reason(line) for line in said]
+    others = [_other_reason(line) for line in said]
+    for found in (events, others):
+        different = list(dict.fromkeys(reason[:_LONGEST_REASON] for reason in reversed(found) if reason))
+        if different:
+            return tuple(reversed(different[:lines]))
+    return log_tail(folder, part)
 
 
+_RAY_PREFIX = re.compile(r"^\x1b\[\d+m\([^)]*\)\x1b\[0m ")
+"""Ray puts the process before each line of a replica, in colour."""
 _TELLING = re.compile(r"\bE \d+ \S+\] |[a-z](Error|Exception)\b|\b(error|failed|refused)\b", re.IGNORECASE)
 _SOURCE_PREFIX = re.compile(r"^.*?\.(cc|py):\d+\]\s*")
 _LONGEST_REASON = 300
 
 
-def _reason(line: str) -> str:
-    """What a log line says about a failure, without what stands before and after it; empty when it is about none."""
-    if line.startswith("{"):
-        try:
-            event = json.loads(line)
-        except ValueError:
-            return ""
-        if event.get("level") not in ("ERROR", "CRITICAL"):
-            return ""
-        last_words = str(event.get("exception", "")).strip().rpartition("\n")[2]
-        return ": ".join(part for part in (str(event.get("event", "")), last_words) if part)[:_LONGEST_REASON]
-    if line.startswith(("|", "+")) or not _TELLING.search(line):
+def _event_reason(line: str) -> str:
+    """Of one of our own error events: its name and what it carries."""
+    try:
+        event = json.loads(line) if line.startswith("{") else {}
+    except ValueError:
         return ""
-    return _SOURCE_PREFIX.sub("", line).split("\\n")[0].strip(' "')[:_LONGEST_REASON]
+    if event.get("level") not in ("ERROR", "CRITICAL"):
+        return ""
+    last_words = str(event.get("exception", "")).strip().rpartition("\n")[2]
+    told = (event.get("event"), event.get("reason"), event.get("error"), last_words)
+    return ": ".join(str(part) for part in told if part)
+
+
+def _other_reason(line: str) -> str:
+    """Of another program's line that speaks of an error, without what stands before and after it."""
+    if line.startswith(("|", "+", "{", " ")) or not _TELLING.search(line):
+        return ""
+    return _SOURCE_PREFIX.sub("", line).split("\\n")[0].strip(' "')
 
 
 def _log_lines(folder: StackFolder, part: str) -> list[str]:
