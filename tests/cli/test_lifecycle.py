@@ -31,8 +31,8 @@ def folder(tmp_path: Path) -> StackFolder:
         ("ValueError: NVILA_DECODE_MODEL: field required", "ValueError: NVILA_DECODE_MODEL: field required"),
         ("error: creating server: Internal", "error: creating server: Internal"),
         (
-            '\x1b[36m(Replica pid=3)\x1b[0m {"level": "ERROR", "event": "it cannot be served", "reason": "no such model"}',
-            "it cannot be served: no such model",
+            '\x1b[36m(Replica pid=3)\x1b[0m {"level": "ERROR", "event": "cannot serve", "reason": "no such model"}',
+            "cannot serve: no such model",
         ),
     ],
 )
