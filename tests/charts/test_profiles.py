@@ -1,0 +1,131 @@
+"""Every configuration that is supported renders to objects that an API server would accept, by their schemas."""
+
+from __future__ import annotations
+
+import subprocess
+from typing import Any
+
+import pytest
+
+from tests.charts import kube
+from tests.charts.helm import CHART, PROFILES, Rendered, program, render
+
+GPU = {"count": 1}
+UNUSUAL: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "long names": {"fullnameOverride": "a-name-that-is-much-longer-than-forty-characters-and-ends-in-a-number-7"},
+    "everything external": {
+        "redis": {"enabled": False, "external": {"host": "redis.example.com", "port": 6380, "database": 3},
+                  "auth": {"existingSecret": "redis"}},
+        "tracing": {"endpoint": "https://otlp.example.com"},
+        "gateway": {"auth": {"existingSecret": "keys"},
+                    "data": {"persistence": {"enabled": True, "existingClaim": "uploads"}}},
+        "model": {"source": "existingClaim", "existingClaim": {"name": "weights"}},
+    },
+    "TLS everywhere": {
+        "redis": {"tls": {"enabled": True, "existingSecret": "redis-tls"}},
+        "tracing": {"endpoint": "https://otlp.example.com:4317"},
+        "gateway": {"ingress": {"enabled": True, "grpcHost": "grpc.example.com", "tlsSecret": "tls"}},
+    },
+    "GPUs of three kinds": {
+        "vision": {"gpu": {"count": 2, "resource": "nvidia.com/mig-1g.10gb"}, "autoscaling": {"kind": "hpa"}},
+        "decode": {"gpu": {"count": 4, "resource": "nvidia.com/gpu"}, "autoscaling": {"kind": "keda"}},
+    },
+    "KubeRay of a fixed size": {"decode": {"mode": "rayservice", "replicas": 3, "gpu": GPU}},
+    "KubeRay never upgraded": {"decode": {"mode": "rayservice", "rayservice": {"upgradeStrategy": "None"}}},
+    "vision asleep": {"vision": {"autoscaling": {"kind": "keda", "scaleToZero": {"enabled": True}}}},
+    "nothing optional": {
+        "networkPolicy": {"enabled": False}, "tests": {"enabled": False}, "gateway": {"auth": {"mode": "none"},
+        "podDisruptionBudget": {"enabled": False}}, "vision": {"podDisruptionBudget": {"enabled": False}},
+        "decode": {"podDisruptionBudget": {"enabled": False}},
+    },
+    "a platform that chooses users": {
+        "podSecurityContext": {"runAsUser": None, "runAsGroup": None, "fsGroup": None}, "redis": {"runAsUser": None},
+    },
+    "own objects and annotations": {
+        "commonLabels": {"team": "video"}, "podAnnotations": {"sidecar.istio.io/inject": "true"},
+        "extraObjects": [
+            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-mine"}, "data": {"a": "b"}}
+        ],
+        "gateway": {"extraEnv": [{"name": "TZ", "value": "UTC"}], "service": {"type": "LoadBalancer"}},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("version", kube.VERSIONS)
+@pytest.mark.parametrize("profile", PROFILES)
+def test_each_profile_is_accepted_by_each_version(profile: str, version: str) -> None:
+    assert_accepted(render(profile=profile), version)
+
+
+@pytest.mark.parametrize("case", UNUSUAL)
+def test_unusual_values_are_accepted(case: str) -> None:
+    assert_accepted(render(UNUSUAL[case]), kube.VERSIONS[1])
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_helm_finds_no_fault_in_each_profile(profile: str) -> None:
+    done = subprocess.run(
+        [program(), "lint", "--strict", str(CHART), "--values", str(PROFILES[profile])],
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_two_releases_in_one_namespace_share_no_object_and_no_pod() -> None:
+    first, second = render(release="nvila"), render(release="nvila-two")
+    assert not _identities(first) & _identities(second)
+    for rendered, other in ((first, second), (second, first)):
+        pods = [one["spec"]["template"]["metadata"]["labels"] for one in other.all("Deployment") + other.all("StatefulSet")]
+        for selector in _selectors(rendered):
+            assert not any(selector.items() <= labels.items() for labels in pods), selector
+
+
+def test_two_long_names_that_begin_alike_stay_apart() -> None:
+    name = "a-release-whose-name-has-fifty-three-characters-in-it"
+    first, second = (render({"fullnameOverride": f"{name}-{number}"}) for number in (1, 2))
+    assert not _identities(first) & _identities(second)
+
+
+@pytest.mark.parametrize("mode", ["deployment", "rayservice"])
+def test_no_name_is_longer_than_its_kind_allows(mode: str) -> None:
+    values = {"fullnameOverride": "x" * 90, "decode": {"mode": mode}, "tracing": {"collector": {"enabled": True}}}
+    longest = {"RayService": 47, "StatefulSet": 52, "Service": 63}  # KubeRay's own check; pod labels; DNS
+    for one in render(values):
+        assert len(one["metadata"]["name"]) <= longest.get(one["kind"], 63)
+
+
+def test_selectors_stay_when_the_chart_version_changes() -> None:
+    for selector in _selectors(render(profile="two-pools")):
+        assert not {"helm.sh/chart", "app.kubernetes.io/version"} & set(selector)
+
+
+def test_every_object_is_labelled_and_in_the_release_namespace() -> None:
+    for one in render(profile="two-pools"):
+        labels = one["metadata"]["labels"]
+        assert {"app.kubernetes.io/name", "app.kubernetes.io/instance", "helm.sh/chart"} <= set(labels), one["kind"]
+        assert one["metadata"].get("namespace", "apps") == "apps"
+
+
+def test_nothing_that_a_cluster_may_lack_is_on_by_default() -> None:
+    built_in = {
+        "Deployment", "StatefulSet", "Service", "ServiceAccount", "Secret", "ConfigMap", "NetworkPolicy",
+        "PodDisruptionBudget", "Pod",
+    }  # fmt: skip
+    assert {one["kind"] for one in render()} <= built_in
+
+
+def assert_accepted(rendered: Rendered, version: str) -> None:
+    found = [problem for one in rendered for problem in kube.problems(one, version)]
+    assert not found, "\n".join(found)
+
+
+def _identities(rendered: Rendered) -> set[tuple[str, str]]:
+    return {(one["kind"], one["metadata"]["name"]) for one in rendered}
+
+
+def _selectors(rendered: Rendered) -> list[dict[str, str]]:
+    found = [one["spec"]["selector"]["matchLabels"] for one in rendered.all("Deployment") + rendered.all("StatefulSet")]
+    found += [one["spec"]["selector"] for one in rendered.all("Service")]
+    found += [one["spec"]["selector"]["matchLabels"] for one in rendered.all("PodDisruptionBudget")]
+    return found + [one["spec"]["podSelector"]["matchLabels"] for one in rendered.all("NetworkPolicy")]
