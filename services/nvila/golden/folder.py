@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from nvila.golden import conversations, four_bits, frames, modules, quantised, tiling, times, training
 from nvila.golden.compare import Case, Check, Golden, unknown
@@ -88,13 +86,6 @@ def _stems(folder: Path) -> list[str]:
 
 
 def _manifest(folder: Path) -> Iterator[Check]:
-    """The files that the manifest lists are there and whole."""
-    listed: dict[str, Any] = json.loads((folder / MANIFEST).read_text("utf-8"))["files"]
-    for name, entry in listed.items():
-        path = folder / name
-        if not path.exists():
-            yield Check(f"{name} is listed and missing")
-        elif hashlib.sha256(path.read_bytes()).hexdigest() != entry["sha256"]:
-            yield Check(f"{name} is not what was listed: its SHA-256 differs")
-        else:
-            yield Check()
+    """The files that the manifest lists are there."""
+    for name in json.loads((folder / MANIFEST).read_text("utf-8"))["files"]:
+        yield Check("" if (folder / name).exists() else f"{name} is listed and missing")
