@@ -20,6 +20,7 @@ ALLOWED = {
     "nvila.cache.store": set(),
     "nvila.model.config": set(),
     "nvila.model.cost": set(),
+    "nvila.model.time_tokens": set(),
     "nvila.model.preprocess": {"PIL"},
     "nvila.video.plan": set(),
     "nvila.video.pool": set(),

@@ -66,7 +66,7 @@ def test_maxima_are_of_every_linear_and_over_every_token() -> None:
     tower, pixels = made_tower(), drawn(4, 3, 56, 56)
 
     whole = activation_maxima(tower, pixels)
-    halves = [activation_maxima(tower, half) for half in pixels.split(2)]
+    halves = [activation_maxima(tower, half) for half in torch.split(pixels, 2)]
 
     assert len(whole) == 2 * 6
     for name, maximum in whole.items():
