@@ -17,6 +17,7 @@ EXIT_CODES = {
     "unsupported_media": 3,
     "limit_exceeded": 3,
     "forbidden_url": 3,
+    "invalid_checkpoint": 3,
     "unauthenticated": 4,
     "not_found": 5,
     "overloaded": 6,
@@ -27,7 +28,7 @@ EXIT_CODES = {
 """Exit status by error code (nvila.errors); 130 after Ctrl-C, as shells do."""
 
 _STATUSES = """\
-exit status: 0 done · 2 wrong usage · 3 the request or the media is at fault · 4 API key · 5 not found ·
+exit status: 0 done · 2 wrong usage · 3 the request, the media or the model is at fault · 4 API key · 5 not found ·
   6 overloaded · 7 something is down or did not start · 8 out of time · 130 interrupted · 1 anything else"""
 
 
@@ -69,6 +70,7 @@ def parser() -> argparse.ArgumentParser:
     _status(verbs.add_parser("status", help="what runs: process, port, health, version, memory of each part"))
     _logs(verbs.add_parser("logs", help="what the parts say"))
     _ask(verbs.add_parser("ask", help="ask a question about images and videos", epilog=_STATUSES))
+    _model_verb(verbs.add_parser("model", help="look into a checkpoint, convert it, verify it"))
     _demo(verbs.add_parser("demo", help="start a stack, ask two questions about a real video, stop it"))
     return top
 
@@ -142,6 +144,23 @@ def _ask(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--api-key", metavar="KEY", help="its API key")
     verb.add_argument("--in-process", action="store_true", help="with no services: load the model into this process")
     verb.add_argument("--model", metavar="FOLDER", help="checkpoint for --in-process")
+
+
+def _model_verb(verb: argparse.ArgumentParser) -> None:
+    actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")
+    inspect = actions.add_parser("inspect", help="configuration, parameters, tokens per image and video, memory")
+    inspect.add_argument("path", metavar="FOLDER|ID")
+    convert = actions.add_parser("convert", help="write the same model in another published layout")
+    convert.add_argument("source", metavar="FOLDER|ID")
+    convert.add_argument("target", metavar="NEW_FOLDER")
+    convert.add_argument("--to", choices=["vila", "hf"], required=True, help="folders per part, or one flat folder")
+    convert.add_argument("--shard-gb", type=float, default=5.0, metavar="GB", help="largest weight file (%(default)s)")
+    verify = actions.add_parser("verify", help="check a model against itself, or against recorded numbers")
+    verify.add_argument("path", metavar="FOLDER|ID")
+    verify.add_argument("--golden", metavar="FOLDER", help="recorded numbers: run the cases of this checkpoint's name")
+    verify.add_argument("--name", metavar="NAME", help="of the recording (default: the checkpoint folder's name)")
+    for action in (inspect, convert, verify):
+        action.add_argument("--json", action="store_true", help="print one JSON object, for programs")
 
 
 def _demo(verb: argparse.ArgumentParser) -> None:
