@@ -35,7 +35,9 @@ def problems(found: dict[str, Any], version: str) -> list[str]:
         return []
     name = f"{found['kind']} {found['metadata']['name']} ({version})"
     validator = _validator(found["apiVersion"], found["kind"], version)
-    return [f"{name}: {'.'.join(map(str, error.path))}: {error.message[:300]}" for error in validator.iter_errors(found)]
+    return [
+        f"{name}: {'.'.join(map(str, error.path))}: {error.message[:300]}" for error in validator.iter_errors(found)
+    ]
 
 
 @functools.cache
@@ -61,7 +63,11 @@ def _custom(api_version: str, kind: str) -> dict[str, Any] | None:
     definition = json.loads(path.read_text())
     assert api_version == f"{definition['group']}/{definition['version']}", f"{kind}: {api_version}"
     schema: dict[str, Any] = _closed(definition["schema"])
-    schema["properties"] |= {"apiVersion": {"type": "string"}, "kind": {"type": "string"}, "metadata": {"type": "object"}}
+    schema["properties"] |= {
+        "apiVersion": {"type": "string"},
+        "kind": {"type": "string"},
+        "metadata": {"type": "object"},
+    }
     return schema
 
 

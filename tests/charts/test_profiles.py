@@ -76,7 +76,9 @@ def test_two_releases_in_one_namespace_share_no_object_and_no_pod() -> None:
     first, second = render(release="nvila"), render(release="nvila-two")
     assert not _identities(first) & _identities(second)
     for rendered, other in ((first, second), (second, first)):
-        pods = [one["spec"]["template"]["metadata"]["labels"] for one in other.all("Deployment") + other.all("StatefulSet")]
+        pods = [
+            one["spec"]["template"]["metadata"]["labels"] for one in other.all("Deployment") + other.all("StatefulSet")
+        ]
         for selector in _selectors(rendered):
             assert not any(selector.items() <= labels.items() for labels in pods), selector
 

@@ -4,7 +4,7 @@ What pods of all components have in common.
 
 {{/* Labels and annotations of a pod. Takes: list root component, and a text whose change restarts pods. */}}
 {{- define "nvila.podMetadata" -}}
-{{- $root := index . 0 }}
+{{- $root := index . 0 -}}
 labels:
   {{- include "nvila.labels" (list $root (index . 1)) | nindent 2 }}
 {{- $annotations := $root.Values.podAnnotations | deepCopy }}
@@ -21,7 +21,7 @@ annotations:
 {{- define "nvila.podSpec" -}}
 {{- $root := index . 0 }}
 {{- $component := index . 1 }}
-{{- $own := index . 2 }}
+{{- $own := index . 2 -}}
 serviceAccountName: {{ include "nvila.component" (list $root $component) }}
 automountServiceAccountToken: false
 enableServiceLinks: false
@@ -100,7 +100,7 @@ topologySpreadConstraints:
 {{/* Home, and where spans go. Takes: list root component. */}}
 {{- define "nvila.commonEnv" -}}
 {{- $root := index . 0 }}
-{{- $tracing := $root.Values.tracing }}
+{{- $tracing := $root.Values.tracing -}}
 - name: HOME
   value: /tmp
 - name: POD_NAME
@@ -141,7 +141,7 @@ topologySpreadConstraints:
 {{- $user := $redis.enabled | ternary $role (get $redis.external.users $role) }}
 {{- $host := $redis.enabled | ternary (include "nvila.host" (list $root "redis")) $redis.external.host }}
 {{- $port := $redis.enabled | ternary 6379 $redis.external.port | int }}
-{{- $database := $redis.enabled | ternary 0 $redis.external.database | int }}
+{{- $database := $redis.enabled | ternary 0 $redis.external.database | int -}}
 - name: REDIS_PASSWORD
   valueFrom:
     secretKeyRef:
@@ -158,7 +158,7 @@ topologySpreadConstraints:
 
 {{/* Volumes of every pod of a program. Takes: list root shared-memory-MiB. */}}
 {{- define "nvila.volumes" -}}
-{{- $root := index . 0 }}
+{{- $root := index . 0 -}}
 - name: shared-memory
   emptyDir:
     medium: Memory

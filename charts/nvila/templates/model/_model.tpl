@@ -55,7 +55,7 @@ The checkpoint: fetched and checked by init containers of the pods that need it,
 {{- $root := index . 0 }}
 {{- $model := $root.Values.model }}
 {{- $folder := include "nvila.modelFolder" $root }}
-{{- if eq $model.source "objectStore" }}
+{{- if eq $model.source "objectStore" -}}
 - name: copy-model
   image: {{ include "nvila.image" (list $root $model.objectStore.image) }}
   imagePullPolicy: {{ $root.Values.images.pullPolicy }}
