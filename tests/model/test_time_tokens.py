@@ -38,12 +38,18 @@ def test_what_is_no_time_token_stays(text: str) -> None:
     assert decode_times(text, 10.0, 100) == text
 
 
-@pytest.mark.parametrize("duration_s", [0.0, -1.0, float("nan"), float("inf")])
+@pytest.mark.parametrize("duration_s", [-1.0, float("nan"), float("inf")])
 def test_a_clip_without_a_length_is_refused(duration_s: float) -> None:
     with pytest.raises(InvalidRequest, match="positive duration"):
         encode_times("<1>", duration_s, 100)
     with pytest.raises(InvalidRequest, match="positive duration"):
         decode_times("<t1>", duration_s, 100)
+
+
+def test_an_empty_clip_has_only_one_time() -> None:
+    assert decode_times("<t0> <t99>", 0.0, 100) == "<0.0> <0.0>"
+    with pytest.raises(InvalidRequest, match="positive duration"):
+        encode_times("<0>", 0.0, 100)
 
 
 def test_fewer_than_two_tokens_are_refused() -> None:

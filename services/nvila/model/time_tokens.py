@@ -33,6 +33,8 @@ def encode_times(text: str, duration_s: float, count: int, token_format: str = "
     Raises `InvalidRequest` for fewer than two tokens, or a duration that is no positive number.
     """
     _check(duration_s, count)
+    if duration_s == 0:
+        raise InvalidRequest("a clip of 0 s cannot be divided: a positive duration is needed")
 
     def token(match: re.Match[str]) -> str:
         step = float(match[1]) / duration_s * (count - 1)
@@ -46,7 +48,7 @@ def encode_times(text: str, duration_s: float, count: int, token_format: str = "
 def decode_times(text: str, duration_s: float, count: int, token_format: str = "<t{t}>") -> str:
     """Every time token replaced by its `<seconds>`, rounded to hundredths; tokens past the last by the duration.
 
-    Raises `InvalidRequest` as `encode_times` does.
+    Raises `InvalidRequest` for fewer than two tokens, or a duration that is no number or negative.
     """
     _check(duration_s, count)
     before, _, after = token_format.partition("{t}")
@@ -86,5 +88,5 @@ def precision(iou: float, threshold: float = 0.5) -> float:
 def _check(duration_s: float, count: int) -> None:
     if count < 2:
         raise InvalidRequest(f"{count} time tokens cannot divide a clip: at least 2 are needed")
-    if not 0 < duration_s < math.inf:
-        raise InvalidRequest(f"a clip of {duration_s} s cannot be divided: a positive duration is needed")
+    if not 0 <= duration_s < math.inf:
+        raise InvalidRequest(f"a clip cannot last {duration_s} s: a positive duration is needed")
