@@ -113,5 +113,5 @@ def text_of(message: Message) -> str:
 
 def ask(question: str, answer: str, media: int) -> tuple[Message, Message]:
     """One question about `media` items, all of them before its text, and the answer."""
-    parts = (*(MediaPart(place) for place in range(media)), TextPart(question))
+    parts: tuple[TextPart | MediaPart, ...] = (*map(MediaPart, range(media)), TextPart(question))
     return Message(Role.USER, parts), Message(Role.ASSISTANT, (TextPart(answer),))
