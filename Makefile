@@ -21,6 +21,7 @@ demo: $(READY) ## Start everything, ask two questions about a real video, stop e
 	@$(BIN)/nvila demo
 
 test: $(READY) ## Run every test: quick ones first, then the whole path on the real programs
+	@deploy/charts/helm.sh $(BIN)/python >/dev/null
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
 
 check: $(READY) ## Check formatting, lint, types and the direction of imports
@@ -32,6 +33,11 @@ check: $(READY) ## Check formatting, lint, types and the direction of imports
 format: $(READY) ## Format the code and sort its imports
 	@$(BIN)/ruff format services tests benchmarks
 	@$(BIN)/ruff check --fix services tests benchmarks
+
+charts: $(READY) ## Remake the chart's README and schema from its values; lint, render, validate and test it
+	@$(BIN)/python deploy/charts/document.py
+	@deploy/charts/helm.sh $(BIN)/python
+	@$(BIN)/python -m pytest -q tests/charts $(ARGS)
 
 protos: $(READY) ## Generate services/nvila/{api,internal}/v1 from protos/
 	@$(BIN)/python -m grpc_tools.protoc -I protos --python_out=services --pyi_out=services --grpc_python_out=services \
@@ -58,4 +64,4 @@ clean: ## Remove what was made here: .venv, caches, stopped stacks
 	@rm -rf .venv .nvila .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache build
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-.PHONY: help install demo test check format protos lock up down bench golden clean
+.PHONY: help install demo test check format charts protos lock up down bench golden clean
