@@ -54,7 +54,13 @@ def test_a_port_in_use_is_refused_by_its_number() -> None:
             choose_ports(base_port=port)
 
 
-@pytest.mark.parametrize("name", ["", "models", "-x", "A", "../up", "a" * 32, "a b"])
+@pytest.mark.parametrize("asked", [{"port": 0}, {"port": 65_536}, {"base_port": -1}, {"base_port": 65_529}])
+def test_a_number_that_is_no_port_is_refused(asked: dict[str, int]) -> None:
+    with pytest.raises(InvalidRequest, match=r"must be from 1 to 65\d\d\d"):
+        choose_ports(**asked)
+
+
+@pytest.mark.parametrize("name", ["", "models", "triton", "-x", "A", "../up", "a" * 32, "a b"])
 def test_a_name_that_cannot_be_a_folder_is_refused(name: str) -> None:
     with pytest.raises(InvalidRequest, match="stack name"):
         configure(name=name, model=MODEL)

@@ -31,6 +31,9 @@ from nvila.errors import InvalidRequest
 STOP_ORDER: Sequence[Sequence[str]] = (("gateway",), ("decode", "vision"), ("cache",))
 """From the door inwards: nothing that still answers loses what it stands on."""
 
+SHARED_FOLDERS = ("models", "triton")
+"""What lies beside the stacks' folders and serves all of them."""
+
 
 @dataclass(frozen=True)
 class Command:
@@ -97,8 +100,10 @@ def configure(
     log_level: str = "INFO",
 ) -> StackConfig:
     """A configuration with what was not said filled in: free ports, a new API key."""
-    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", name) or name == "models":
-        raise InvalidRequest(f"stack name {name!r}: at most 31 of a-z, 0-9 and '-', not 'models'")
+    if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", name) or name in SHARED_FOLDERS:
+        raise InvalidRequest(
+            f"stack name {name!r}: at most 31 of a-z, 0-9 and '-', and not {' or '.join(map(repr, SHARED_FOLDERS))}"
+        )
     return StackConfig(
         name=name,
         stack_id=f"{name}-{uuid.uuid4().hex[:12]}",
