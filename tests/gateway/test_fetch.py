@@ -163,6 +163,7 @@ def test_public_addresses(address: str) -> None:
     "host",
     [
         *("127.0.0.1", "127.1", "127.0.1", "2130706433", "0x7f000001", "0x7f.1", "017700000001"),
+        *("0177.0.0.1", "①②⑦.⓪.⓪.①", "localhost", "LocalHost.", "a.localhost"),
         *("127.0.0.1.", "0", "0.0.0.0", "[::1]", "[::]", "[::ffff:127.0.0.1]", "[::ffff:7f00:1]"),
         *("[0:0:0:0:0:0:0:1]", "[64:ff9b::127.0.0.1]", "169.254.169.254", "0xa9fea9fe", "[fd00:ec2::254]"),
         *("10.0.0.1", "192.168.0.1", "[fe80::1]", "100.100.100.200"),
@@ -197,7 +198,6 @@ async def test_credentials_and_other_schemes_are_denied_without_repeating_them(t
 @pytest.mark.parametrize(
     "url",
     [
-        "http://0177.0.0.1/",
         "http://",
         "http:///a",
         "http://exa mple.com/",
@@ -439,6 +439,12 @@ _PIXELS = bytes(range(256)) * 7
 async def test_data_urls_are_decoded(tmp_path: Path, url: str, data: bytes) -> None:
     async with _fetching(tmp_path) as fetcher:
         assert await _get(fetcher, url, kind=MediaKind.IMAGE) == data
+
+
+@pytest.mark.parametrize("media_type", ["video/mp4", "image/gif", "image/webp"])
+async def test_an_animation_is_a_video_to_who_says_so(tmp_path: Path, media_type: str) -> None:
+    async with _fetching(tmp_path) as fetcher:
+        assert await _get(fetcher, f"data:{media_type};base64,YQ==", kind=MediaKind.VIDEO) == b"a"
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,11 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import socket
+import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, Self
+from urllib.parse import urlsplit
 
 import httpcore
 import httpx
@@ -35,6 +37,9 @@ _NEVER = (
     ipaddress.IPv4Network("100.64.0.0/10"),  # carrier-grade NAT; some clouds keep metadata here
     ipaddress.IPv4Network("168.63.129.16/32"),  # Azure's platform address: public by form, internal by use
 )
+
+
+LOOPBACK = ipaddress.IPv4Address("127.0.0.1")
 
 
 def is_public(address: IPAddress) -> bool:
@@ -164,7 +169,7 @@ class PinnedBackend(httpcore.AsyncNetworkBackend):
         await asyncio.sleep(seconds)
 
     async def _addresses(self, host: str, port: int) -> list[IPAddress]:
-        literal = _literal(host)
+        literal = LOOPBACK if _is_localhost(host) else _literal(host)
         if literal is not None:
             return [literal]
         try:
@@ -174,6 +179,11 @@ class PinnedBackend(httpcore.AsyncNetworkBackend):
         if not found:
             raise InvalidMedia("the host of the media address is not known")
         return [ipaddress.ip_address(address) for address in found]
+
+
+def _is_localhost(host: str) -> bool:
+    """RFC 6761 §6.3: these names are never asked for; some resolvers do not know them with a dot at the end."""
+    return _plain(host).rpartition(".")[2] == "localhost"
 
 
 def _literal(host: str) -> IPAddress | None:
@@ -189,11 +199,22 @@ def _literal(host: str) -> IPAddress | None:
         return None
 
 
+def _hides_an_address(url: str) -> bool:
+    """Whether the host is an IPv4 address in a spelling that is no URL's: octal parts, digits in circles."""
+    try:
+        host = urlsplit(url).hostname or ""
+    except ValueError:
+        return False
+    return _literal(unicodedata.normalize("NFKC", host)) is not None
+
+
 def parse_url(url: str) -> httpx.URL:
     """A media address taken apart by the same parser that the request is made with, so that no two readings differ."""
     try:
         parsed = httpx.URL(url)
     except (httpx.InvalidURL, UnicodeError, ValueError):
+        if _hides_an_address(url):
+            raise ForbiddenURL("the media address does not lead to a public host") from None
         raise InvalidRequest("the media address is not a valid URL") from None
     if parsed.scheme not in ("http", "https"):
         raise ForbiddenURL("the media address must be http, https or data, or the id of an uploaded file")

@@ -32,6 +32,7 @@ from nvila.types import Deadline, MediaKind, MediaSource
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _DATA_HEADER = re.compile(r"data:([^,;\s]*)((?:;[^,;]*)*),", re.IGNORECASE)
 _LONGEST_DATA_HEADER = 256
+_OF_BOTH_KINDS = ("application/octet-stream", "image/gif", "image/webp")  # animations are videos to who says so
 _DATA_STEP = 4 << 18  # base64 characters decoded at a time; a multiple of 4
 
 
@@ -180,7 +181,7 @@ async def read_data_url(url: str, kind: MediaKind, spool: Spool) -> None:
     if header is None:
         raise InvalidRequest("the data URL has no `data:<media type>[;base64],` at its start", param="url")
     media_type = header[1].lower()
-    if not (media_type.startswith(f"{kind}/") or media_type == "application/octet-stream"):
+    if not (media_type.startswith(f"{kind}/") or media_type in _OF_BOTH_KINDS):
         raise UnsupportedMedia(f"the data URL holds {media_type or 'text/plain'}, not {kind}/*", param="url")
     body = memoryview(url[header.end() :].encode("utf-8"))
     if not header[2].lower().endswith(";base64"):

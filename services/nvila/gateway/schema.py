@@ -195,20 +195,20 @@ class ChatRequest(Closed):
     )
     timeout_s: float | None = Field(None, description="Extension. Seconds for the whole answer.")
 
-    n: Annotated[Any, _only(1, why="n: one answer per request is given")] = None
-    best_of: Annotated[Any, _only(1, why="best_of: one answer per request is given")] = None
+    n: Annotated[Any, _only(1, why="one answer per request is given")] = None
+    best_of: Annotated[Any, _only(1, why="one answer per request is given")] = None
     frequency_penalty: Annotated[Any, _only(0, why=_NO_PENALTY)] = None
     presence_penalty: Annotated[Any, _only(0, why=_NO_PENALTY)] = None
     repetition_penalty: Annotated[Any, _only(1, why=_NO_PENALTY)] = None
-    logit_bias: Annotated[Any, _only({}, why="logit_bias is not supported")] = None
+    logit_bias: Annotated[Any, _only({}, why="not supported")] = None
     logprobs: Annotated[Any, _only(False, why=_NO_LOGPROBS)] = None
     top_logprobs: Annotated[Any, _only(0, why=_NO_LOGPROBS)] = None
     tools: Annotated[Any, _only([], why=_NO_TOOLS)] = None
     tool_choice: Annotated[Any, _only("none", "auto", why=_NO_TOOLS)] = None
     functions: Annotated[Any, _only([], why=_NO_TOOLS)] = None
     function_call: Annotated[Any, _only("none", "auto", why=_NO_TOOLS)] = None
-    response_format: Annotated[Any, _only({"type": "text"}, why="response_format: answers are plain text")] = None
-    modalities: Annotated[Any, _only(["text"], why="modalities: answers are text")] = None
+    response_format: Annotated[Any, _only({"type": "text"}, why="answers are plain text")] = None
+    modalities: Annotated[Any, _only(["text"], why="answers are text")] = None
     audio: Annotated[Any, _only(why="audio is not supported")] = None
     prediction: Annotated[Any, _only(why="predicted outputs are not supported")] = None
     moderation: Annotated[Any, _only(why="moderation is not supported")] = None
