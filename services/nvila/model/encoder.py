@@ -21,6 +21,7 @@ from nvila.model.checkpoint import Checkpoint
 from nvila.model.compress import pool_levels
 from nvila.model.config import ImageMode, NvilaConfig
 from nvila.model.dynamic_s2 import BlockSize, merge_scales, project_map
+from nvila.model.mapped import compute_in
 from nvila.model.preprocess import pixel_values, split_frames, split_image
 from nvila.model.projector import Projector
 from nvila.model.siglip import Tower
@@ -57,7 +58,11 @@ class VisionEncoder:
     def load(
         cls, path: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
     ) -> VisionEncoder:
-        """Weights of a checkpoint folder, memory-mapped where device and dtype allow. Raises `InvalidCheckpoint`."""
+        """Weights of a checkpoint folder or hub id, memory-mapped where the device allows; arithmetic in `dtype`.
+
+        Float32 arithmetic on a processor leaves 16-bit weights as they are stored (`model/mapped.py`). Raises
+        `InvalidCheckpoint`.
+        """
         return cls.from_checkpoint(Checkpoint.open(path), device, dtype)
 
     @classmethod
@@ -70,7 +75,12 @@ class VisionEncoder:
             projector = Projector.of(config)
         tower.load(checkpoint.tower_weights())
         projector.load_state_dict(checkpoint.projector_weights(), strict=True, assign=True)
-        return cls(config, tower.to(device=device, dtype=dtype), projector.to(device=device, dtype=dtype))
+        for module in (tower, projector):
+            if torch.device(device).type == "cpu":
+                compute_in(module, dtype)
+            else:
+                module.to(device=device, dtype=dtype)
+        return cls(config, tower, projector)
 
     def prepare(self, frames_FHWC: NDArray[np.uint8], settings: EncodeSettings) -> Prepared:
         """Tiles and pixel values of one image (F = 1, any size) or a run of video frames. CPU only."""
