@@ -7,6 +7,7 @@ import importlib
 import json
 import sys
 
+from nvila.cli import operations
 from nvila.errors import NvilaError
 
 EXIT_CODES = {
@@ -72,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     _ask(verbs.add_parser("ask", help="ask a question about images and videos", epilog=_STATUSES))
     _model_verb(verbs.add_parser("model", help="look into a checkpoint, convert it, verify it"))
     _demo(verbs.add_parser("demo", help="start a stack, ask two questions about a real video, stop it"))
+    operations.capacity(verbs.add_parser("capacity", help="what hardware a load needs, and what autoscaling makes of it"))
     return top
 
 
