@@ -12,6 +12,7 @@ from pathlib import Path
 
 from blake3 import blake3
 
+from nvila.errors import InvalidCheckpoint
 from nvila.model.layouts import Layout, Part
 from nvila.model.save import TOKENIZER_FILES, copy_files, save_part, whole_folder, write_json
 from nvila.telemetry.logs import fields
@@ -28,10 +29,16 @@ def unpack_llm(layout: Layout, cache: Path | None = None) -> Path:
         "copying the language model out of a flat checkpoint, once; `nvila model convert --to vila` avoids it",
         extra=fields(model=layout.name),
     )
-    with whole_folder(target, is_kept=True) as folder:
-        write_json(folder / "config.json", layout.llm)
-        copy_files(layout.tokenizer, folder, TOKENIZER_FILES)
-        save_part(folder, layout.weights(Part.LLM).tensors())
+    try:
+        with whole_folder(target, is_kept=True) as folder:
+            write_json(folder / "config.json", layout.llm)
+            copy_files(layout.tokenizer, folder, TOKENIZER_FILES)
+            save_part(folder, layout.weights(Part.LLM).tensors())
+    except OSError as error:
+        raise InvalidCheckpoint(
+            f"the language model of a flat checkpoint cannot be copied into the cache folder ({error.strerror}); make "
+            "HF_HOME writable, or convert the checkpoint: nvila model convert --to vila"
+        ) from error
     return target
 
 

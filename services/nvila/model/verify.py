@@ -68,12 +68,13 @@ def _values(checkpoint: Checkpoint) -> str:
         for name in weights.names():
             tensor = weights.tensor(name)
             count += tensor.numel()
-            if tensor.is_floating_point() and not _is_finite(tensor):
+            if tensor.is_floating_point() and not is_finite(tensor):
                 raise InvalidCheckpoint(f"{part}: tensor {name!r} holds values that are infinite or not numbers")
     return f"{count:,} numbers, all finite"
 
 
-def _is_finite(tensor: Tensor) -> bool:
+def is_finite(tensor: Tensor) -> bool:
+    """Every value is a number, looked at a slice at a time."""
     return all(bool(torch.isfinite(run).all()) for run in torch.split(tensor.reshape(-1), SLICE_ELEMENTS))
 
 
