@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import re
 import subprocess
 from typing import Any
 
@@ -45,7 +47,7 @@ UNUSUAL: dict[str, dict[str, Any]] = {
     "own objects and annotations": {
         "commonLabels": {"team": "video"}, "podAnnotations": {"sidecar.istio.io/inject": "true"},
         "extraObjects": [
-            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-mine"}, "data": {"a": "b"}}
+            {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-mine"}}
         ],
         "gateway": {"extraEnv": [{"name": "TZ", "value": "UTC"}], "service": {"type": "LoadBalancer"}},
     },
@@ -70,6 +72,41 @@ def test_helm_finds_no_fault_in_each_profile(profile: str) -> None:
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "component", "place", "mistake"),
+    [
+        ("Deployment", "vision", ("spec", "template", "spec"), {"shareProcessNamespaces": True}),
+        ("Deployment", "vision", ("spec",), {"replicas": "one"}),
+        ("ScaledObject", "vision", ("spec",), {"maxReplicas": 3}),
+        ("PodMonitor", "vision", ("spec", "podMetricsEndpoints", 0), {"intervall": "5s"}),
+        ("RayService", "decode", ("spec", "upgradeStrategy"), {"kind": "NewCluster"}),
+        ("RayService", "decode", ("spec", "rayClusterConfig", "headGroupSpec", "template", "spec"), {"containers": 1}),
+        ("NetworkPolicy", "redis", ("spec", "ingress", 0, "from", 0), {"pods": {}}),
+    ],
+)
+def test_the_check_refuses_what_a_server_would(kind: str, component: str, place: tuple[Any, ...], mistake: Any) -> None:
+    found = copy.deepcopy(render(profile="two-pools").get(kind, component))
+    target = found
+    for step in place:
+        target = target[step]
+    target |= mistake
+    assert kube.problems(found, kube.VERSIONS[1])
+
+
+def test_routes_say_only_what_the_gateway_api_knows() -> None:
+    rendered = render(profile="two-pools")
+    for kind in ("HTTPRoute", "GRPCRoute"):
+        spec = rendered.get(kind, "gateway")["spec"]
+        assert set(spec) == {"parentRefs", "hostnames", "rules"}
+        for rule in spec["rules"]:
+            assert set(rule) <= {"matches", "timeouts", "backendRefs"}
+            assert all(re.fullmatch(r"[0-9]{1,5}s", time) for time in rule.get("timeouts", {}).values())
+            service = rendered.get("Service", "gateway")
+            for backend in rule["backendRefs"]:
+                assert backend["name"] == service["metadata"]["name"]
+                assert backend["port"] in {port["port"] for port in service["spec"]["ports"]}
 
 
 def test_two_releases_in_one_namespace_share_no_object_and_no_pod() -> None:

@@ -244,7 +244,8 @@ def test_alerts_and_triggers_use_only_metrics_that_exist() -> None:
 
 
 def test_labels_in_alerts_and_dashboards_are_labels_of_their_metrics() -> None:
-    labels = {metric.name: {*metric.labels, "le", "namespace", "app_kubernetes_io_instance", "app_kubernetes_io_component"}
+    of_all = {"le", "namespace", "app_kubernetes_io_instance", "app_kubernetes_io_component"}
+    labels = {metric.name: {*metric.labels, *of_all}
               for metric in names.ALL_METRICS}  # fmt: skip
     (group,) = render(profile="two-pools").get("PrometheusRule", "alerts")["spec"]["groups"]
     text = " ".join(rule["expr"] for rule in group["rules"])

@@ -1,15 +1,20 @@
-"""values.yaml is the manual: complete, mirrored by schema and README, and a misspelt key fails before a cluster sees it."""
+"""values.yaml is the manual: complete, mirrored by schema and README; a misspelt key fails before a cluster sees it."""
 
 from __future__ import annotations
 
 import importlib.util
+import json
 import re
+import sys
 from types import ModuleType
 from typing import Any
 
 import pytest
 
 from tests.charts.helm import CHART, ROOT, HelmError, render
+
+PUBLISHED = "Efficient-Large-Model/NVILA-8B"
+STEPWISE = "NewClusterWithIncrementalUpgrade"
 
 
 @pytest.fixture(scope="module")
@@ -18,16 +23,12 @@ def document() -> ModuleType:
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    import sys
-
     sys.modules[spec.name] = module  # dataclasses look there
     spec.loader.exec_module(module)
     return module
 
 
 def test_schema_and_readme_are_those_of_the_values(document: ModuleType) -> None:
-    import json
-
     text = (CHART / "values.yaml").read_text()
     assert json.loads((CHART / "values.schema.json").read_text()) == document.schema(text), "run make charts"
     assert (CHART / "README.md").read_text() == document.readme(text), "run make charts"
@@ -78,7 +79,7 @@ def test_a_mistake_is_refused_by_the_schema(values: dict[str, Any]) -> None:
     ("values", "advice"),
     [
         ({"model": {"source": "hub"}}, "model.hub.repo"),
-        ({"model": {"source": "hub", "hub": {"repo": "Efficient-Large-Model/NVILA-8B"}}}, "model.acceptLicense=CC-BY-NC-4.0"),
+        ({"model": {"source": "hub", "hub": {"repo": PUBLISHED}}}, "model.acceptLicense=CC-BY-NC-4.0"),
         ({"model": {"source": "objectStore"}}, "model.objectStore.path"),
         ({"model": {"source": "existingClaim"}}, "model.existingClaim.name"),
         ({"redis": {"enabled": False}}, "redis.external.host"),
@@ -86,7 +87,7 @@ def test_a_mistake_is_refused_by_the_schema(values: dict[str, Any]) -> None:
         ({"redis": {"tls": {"enabled": True}}}, "redis.tls.existingSecret"),
         ({"decode": {"autoscaling": {"kind": "ray"}}}, "decode.mode=rayservice"),
         ({"decode": {"mode": "rayservice", "autoscaling": {"kind": "keda"}}}, "set it to ray"),
-        ({"decode": {"mode": "rayservice", "rayservice": {"upgradeStrategy": "NewClusterWithIncrementalUpgrade"}}}, "gatewayClassName"),
+        ({"decode": {"mode": "rayservice", "rayservice": {"upgradeStrategy": STEPWISE}}}, "gatewayClassName"),
         ({"vision": {"autoscaling": {"minReplicas": 9}}}, "more than maxReplicas"),
         ({"gateway": {"route": {"enabled": True}}}, "gateway.route.parentRefs"),
     ],

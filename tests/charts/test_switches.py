@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from typing import Any
 
 import pytest
+import yaml
 
-from tests.charts.helm import Rendered, container, environment, pod_of, render, run
+from tests.charts.helm import CHART, Rendered, container, environment, pod_of, render, run
 
+ROUTE = {"enabled": True, "parentRefs": [{"name": "g"}]}
+EXTERNAL_REDIS = {"enabled": False, "external": {"host": "h"}, "auth": {"existingSecret": "s"}}
+NO_BUDGET = {"podDisruptionBudget": {"enabled": False}}
 KEDA = {"autoscaling": {"kind": "keda"}}
 RAY = {"mode": "rayservice", "autoscaling": {"kind": "ray"}}
 INCREMENTAL = {"upgradeStrategy": "NewClusterWithIncrementalUpgrade", "incremental": {"gatewayClassName": "istio"}}
@@ -19,8 +24,8 @@ INCREMENTAL = {"upgradeStrategy": "NewClusterWithIncrementalUpgrade", "increment
         ({"gateway": {"autoscaling": {"enabled": True}}}, "HorizontalPodAutoscaler", "gateway"),
         ({"gateway": {"ingress": {"enabled": True}}}, "Ingress", "gateway"),
         ({"gateway": {"ingress": {"enabled": True, "grpcHost": "g"}}}, "Ingress", "gateway-grpc"),
-        ({"gateway": {"route": {"enabled": True, "parentRefs": [{"name": "g"}]}}}, "HTTPRoute", "gateway"),
-        ({"gateway": {"route": {"enabled": True, "parentRefs": [{"name": "g"}], "grpcHostnames": ["h"]}}}, "GRPCRoute", "gateway"),
+        ({"gateway": {"route": ROUTE}}, "HTTPRoute", "gateway"),
+        ({"gateway": {"route": ROUTE | {"grpcHostnames": ["h"]}}}, "GRPCRoute", "gateway"),
         ({"gateway": {"data": {"persistence": {"enabled": True}}}}, "PersistentVolumeClaim", "gateway"),
         ({"vision": {"autoscaling": {"kind": "hpa"}}}, "HorizontalPodAutoscaler", "vision"),
         ({"vision": KEDA}, "ScaledObject", "vision"),
@@ -49,10 +54,12 @@ def test_a_switch_adds_its_object_which_is_not_there_without(values: dict[str, A
         ({"gateway": {"auth": {"existingSecret": "mine"}}}, "Secret", "gateway-keys"),
         ({"gateway": {"auth": {"mode": "none"}}}, "Secret", "gateway-keys"),
         ({"redis": {"auth": {"existingSecret": "mine"}}}, "Secret", "redis"),
-        ({"redis": {"enabled": False, "external": {"host": "h"}, "auth": {"existingSecret": "s"}}}, "StatefulSet", "redis"),
+        ({"redis": EXTERNAL_REDIS}, "StatefulSet", "redis"),
         ({"networkPolicy": {"enabled": False}}, "NetworkPolicy", "vision"),
         ({"tests": {"enabled": False}}, "Pod", "test"),
-        *(({part: {"podDisruptionBudget": {"enabled": False}}}, "PodDisruptionBudget", part) for part in ("gateway", "vision", "decode")),
+        ({"gateway": NO_BUDGET}, "PodDisruptionBudget", "gateway"),
+        ({"vision": NO_BUDGET}, "PodDisruptionBudget", "vision"),
+        ({"decode": NO_BUDGET}, "PodDisruptionBudget", "decode"),
     ],
 )  # fmt: skip
 def test_a_switch_takes_away_what_is_there_by_default(values: dict[str, Any], kind: str, component: str) -> None:
@@ -98,8 +105,6 @@ def test_other_ingress_classes_get_no_annotations_of_nginx() -> None:
 
 
 def test_tags_default_to_the_version_of_the_programs() -> None:
-    from importlib.metadata import version
-
     images = {container(pod_of(render(), part))["image"] for part in ("gateway", "vision", "decode")}
     assert images == {f"docker.io/nvila/{part}:{version('nvila')}" for part in ("gateway", "vision", "decode")}
 
@@ -302,8 +307,6 @@ def test_spans_go_nowhere_by_default_to_our_collector_or_to_another() -> None:
 
 
 def test_the_collectors_pipeline_uses_every_exporter() -> None:
-    import yaml
-
     exporters = {"otlp": {"endpoint": "a:4317"}, "debug": {}}
     text = render({"tracing": {"collector": {"enabled": True, "exporters": exporters}}}).get("ConfigMap", "collector")
     config = yaml.safe_load(text["data"]["collector.yaml"])
@@ -352,8 +355,6 @@ def test_both_pools_read_the_same_folder_which_is_mounted_read_only(source: str)
 
 
 def _notes(*sets: str) -> str:
-    from tests.charts.helm import CHART
-
     return run("install", "nvila", str(CHART), "--dry-run=client", *[part for one in sets for part in ("--set", one)])
 
 
@@ -366,8 +367,9 @@ def test_notes_print_the_command_for_the_first_answer() -> None:
 
 
 def test_notes_say_what_is_unsafe_or_needs_a_hand() -> None:
-    notes = _notes("gateway.auth.mode=none", "gateway.ingress.enabled=true", "gateway.replicas=3",
-                   "redis.enabled=false", "redis.external.host=h", "redis.auth.existingSecret=s").split("NOTES:")[1]  # fmt: skip
+    external = ("redis.enabled=false", "redis.external.host=h", "redis.auth.existingSecret=s")
+    notes = _notes("gateway.auth.mode=none", "gateway.ingress.enabled=true", "gateway.replicas=3", *external)
+    notes = notes.split("NOTES:")[1]
     for said in ("everybody who can reach", "no TLS", "known to the pod", "ACL SETUSER gateway"):
         assert said in notes
 

@@ -36,6 +36,11 @@ imagePullSecrets:
 {{- include "nvila.placement" . }}
 {{- end }}
 
+{{/* Name of one of our priority classes, which are not in a namespace. Takes: list root front-or-pools. */}}
+{{- define "nvila.priorityClass" -}}
+{{- printf "%s-%s" (index . 0).Release.Namespace (include "nvila.component" .) }}
+{{- end }}
+
 {{/* Where pods run. Takes: list root component values-of-the-component. */}}
 {{- define "nvila.placement" -}}
 {{- $root := index . 0 }}
@@ -43,7 +48,7 @@ imagePullSecrets:
 {{- $own := index . 2 }}
 {{- $class := $own.priorityClassName }}
 {{- if and (not $class) $root.Values.priorityClasses.create }}
-{{- $class = include "nvila.component" (list $root (has $component (list "gateway" "redis") | ternary "front" "pools")) }}
+{{- $class = include "nvila.priorityClass" (list $root (has $component (list "gateway" "redis") | ternary "front" "pools")) }}
 {{- end }}
 {{- with $class }}
 priorityClassName: {{ . }}
