@@ -8,6 +8,7 @@ F frames · N tiles · S tile side · T visual tokens · C tower channels · D l
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -108,14 +109,10 @@ class VisionEncoder:
         """Scales merged, tokens compressed, projected and pooled: rows (T, D) in float32, and their layout."""
         if len(features_NTC) != prepared.tiles:
             raise InvalidRequest(f"{len(features_NTC)} tiles of features came for {prepared.tiles} tiles of pixels")
-        if prepared.block_size is not None:
-            values_TD = self._project_scales(features_NTC, prepared.block_size)
-            return values_TD.float(), (Level(1, len(values_TD)),)
-        tokens_NTD = self._project_tiles(features_NTC)
-        if settings.kind is MediaKind.VIDEO:
-            values_TD, levels = pool_levels(tokens_NTD, settings.pool_sizes or ((1, 1, 1),))
-            return values_TD.float(), levels
-        return tokens_NTD.flatten(0, 1).float(), (Level(tokens_NTD.shape[0], tokens_NTD.shape[1]),)
+        values_TD, levels = visual_tokens(
+            self.config, features_NTC, prepared.block_size, settings.kind, settings.pool_sizes, self._project
+        )
+        return values_TD.float(), levels
 
     def encode(self, frames_FHWC: NDArray[np.uint8], settings: EncodeSettings) -> tuple[Tensor, tuple[Level, ...]]:
         """All three steps, for use in process."""
@@ -123,18 +120,35 @@ class VisionEncoder:
         features = torch.cat([self.tower(tiles) for tiles in torch.split(prepared.pixels_N3SS, TOWER_TILES)])
         return self.finish(features, prepared, settings)
 
-    def _project_scales(self, features_NTC: Tensor, block_size: BlockSize) -> Tensor:
-        maps, sizes = merge_scales(features_NTC, [block_size], self.config.s2_scales, self.config.s2_merge_index)
-        return project_map(maps[0], sizes[0], self._project)
-
-    def _project_tiles(self, features_NTC: Tensor) -> Tensor:
-        """Tiles on their own; a Dynamic-S2 projector gets their channels once per scale (spec §3.3)."""
-        if self.config.image_mode is ImageMode.DYNAMIC_S2:
-            runs = [
-                self._project(run.repeat(1, 1, self.config.scales)) for run in torch.split(features_NTC, TOWER_TILES)
-            ]
-            return torch.cat(runs)
-        return self._project(features_NTC)
-
     def _project(self, x_NTC: Tensor) -> Tensor:
         return torch.cat([self._projector(run) for run in torch.split(x_NTC, TOWER_TILES)])
+
+
+def visual_tokens(
+    config: NvilaConfig,
+    features_NTC: Tensor,
+    block_size: BlockSize | None,
+    kind: MediaKind,
+    pool_sizes: Sequence[tuple[int, int, int]],
+    project: Callable[[Tensor], Tensor],
+) -> tuple[Tensor, tuple[Level, ...]]:
+    """What follows the tower, for serving and training alike: rows (T, D) in the projector's dtype, and their layout.
+
+    `project`: (N, T, C) to (N, T', D), tile by tile. Differentiable.
+    """
+    if block_size is not None:
+        maps, sizes = merge_scales(features_NTC, [block_size], config.s2_scales, config.s2_merge_index)
+        values_TD = project_map(maps[0], sizes[0], project)
+        return values_TD, (Level(1, len(values_TD)),)
+    tokens_NTD = _project_tiles(config, features_NTC, project)
+    if kind is MediaKind.VIDEO:
+        return pool_levels(tokens_NTD, pool_sizes or ((1, 1, 1),))
+    return tokens_NTD.flatten(0, 1), (Level(tokens_NTD.shape[0], tokens_NTD.shape[1]),)
+
+
+def _project_tiles(config: NvilaConfig, features_NTC: Tensor, project: Callable[[Tensor], Tensor]) -> Tensor:
+    """Tiles on their own; a Dynamic-S2 projector gets their channels once per scale (spec §3.3)."""
+    if config.image_mode is not ImageMode.DYNAMIC_S2:
+        return project(features_NTC)
+    runs = torch.split(features_NTC, TOWER_TILES)
+    return torch.cat([project(run.repeat(1, 1, config.scales)) for run in runs])

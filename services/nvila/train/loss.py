@@ -25,13 +25,18 @@ def next_token_loss(logits_BPV: Tensor, labels_BP: Tensor, time_ids: Sequence[in
     """
     logits_nV, targets_n = logits_BPV[:, :-1].flatten(0, 1), labels_BP[:, 1:].flatten()
     is_target_n = targets_n != IGNORE
-    logits_nV, targets_n = logits_nV[is_target_n], targets_n[is_target_n]
+    targets_n = targets_n[is_target_n]
+    return summed_loss(logits_nV[is_target_n], targets_n, time_ids, std) / max(1, len(targets_n))
+
+
+def summed_loss(logits_nV: Tensor, targets_n: Tensor, time_ids: Sequence[int] = (), std: float = 1.0) -> Tensor:
+    """The same, summed over targets that are already picked out: a step whose batch is cut into rows, or spread over
+    processes, divides by the targets of all of them once."""
     times = torch.tensor(list(time_ids), dtype=targets_n.dtype, device=targets_n.device)
     is_time_n = torch.isin(targets_n, times)
     words = functional.cross_entropy(logits_nV[~is_time_n], targets_n[~is_time_n], reduction="sum")
     spread_nV = time_targets(targets_n[is_time_n], times, std, like_nV=logits_nV[is_time_n])
-    instants = functional.cross_entropy(logits_nV[is_time_n], spread_nV, reduction="sum")
-    return (words + instants) / max(1, len(targets_n))
+    return words + functional.cross_entropy(logits_nV[is_time_n], spread_nV, reduction="sum")
 
 
 def time_targets(targets_n: Tensor, time_ids: Tensor, std: float, *, like_nV: Tensor) -> Tensor:
