@@ -83,6 +83,8 @@ class MediaItem:
     width_px: int
     height_px: int
     chunks: list[ChunkState]
+    gaps: tuple[Gap, ...] = ()
+    """What the file should hold of the window and does not. Frames lost in decoding are among the chunks' facts."""
 
     def name(self, chunk: ChunkState, decoded: Chunk, config: NvilaConfig, tenant: str) -> TokensRef | None:
         """Take note of a decoded chunk: its record's name, by content, and layout; None when no frame was usable."""
@@ -163,7 +165,7 @@ class MediaItem:
             frames_padded=sum(one.padded for one in facts),
             start_s=min(times, default=0.0),
             end_s=max(times, default=0.0),
-            gaps=tuple(gap for one in facts for gap in one.gaps),
+            gaps=tuple(sorted((*self.gaps, *(gap for one in facts for gap in one.gaps)), key=lambda gap: gap.start_s)),
             tokens=self._positions(config, [ref.levels for ref in self.refs()]),
             chunks=len(self.chunks),
             cache_hits=sum(chunk.is_reused for chunk in self.chunks),
@@ -180,6 +182,7 @@ class PlanRecord:
     width_px: int
     height_px: int
     chunks: tuple[ChunkFacts, ...]
+    gaps: tuple[Gap, ...] = ()
 
     @classmethod
     def of(cls, item: MediaItem) -> PlanRecord:
@@ -188,6 +191,7 @@ class PlanRecord:
             width_px=item.width_px,
             height_px=item.height_px,
             chunks=tuple(item._facts()),
+            gaps=item.gaps,
         )
 
     def item(self, source: MediaSource, file: LocalMedia, settings: EncodeSettings, plan_key: str) -> MediaItem:
@@ -204,6 +208,7 @@ class PlanRecord:
             width_px=self.width_px,
             height_px=self.height_px,
             chunks=chunks,
+            gaps=self.gaps,
         )
 
     def to_bytes(self) -> bytes:

@@ -224,6 +224,7 @@ class OneAnswer:
             width_px=info.width_px,
             height_px=info.height_px,
             chunks=[ChunkState(run=run, expected_s=tuple(times_s[list(run.indices)].tolist())) for run in plan.runs],
+            gaps=plan.gaps,
         )
 
     async def _reuse(self, item: MediaItem) -> None:

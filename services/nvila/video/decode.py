@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from nvila.errors import InvalidMedia
 from nvila.model.preprocess import resize_exact
 from nvila.video.media import DecodeLimits, MediaInfo
-from nvila.video.probe import check_pixels, open_video, read_table
+from nvila.video.probe import check_pixels, open_video, packets, read_table
 
 EXACT_PIXELS = 1920 * 1088
 """Frames up to 1080p are resized exactly as the reference does (module docstring)."""
@@ -111,6 +111,7 @@ class VideoReader:
             key_frames=keys.tolist() if table.is_timed and len(keys) else (0,),
             rotation_deg=frame.rotation % 360,
             stream_count=len(self._container.streams.video),
+            holes=table.holes(self._fps(), last + 1),
         )
 
     def _fps(self) -> float:
@@ -209,7 +210,7 @@ class VideoReader:
         return True
 
     def _start_over(self) -> None:
-        self._packets = iter(self._container.demux(self._stream))
+        self._packets = packets(self._container, self._stream)
         self._ready: deque[tuple[int, VideoFrame]] = deque()
         self._next = 0  # number of the next frame to come out
         self._started_at = -1  # position of the key frame at which decoding began, -1 for the file's start

@@ -52,7 +52,8 @@ class MediaInfo:
     `fps`: mean frames per second, 0 when the file does not tell. `duration_s`: first frame's start to last frame's end.
     `knots`: (frame number, presentation time), the first frame at 0; between knots, times are interpolated. Two knots
     when the rate is constant. `key_frames`: frame numbers at which decoding can start, thinned when there are many.
-    `stream_count`: video streams in the file; the first is used.
+    `stream_count`: video streams in the file; the first is used. `holes`: stretches (from, to; seconds) that the file
+    should hold and does not, because it was cut off or damaged.
     """
 
     kind: MediaKind
@@ -68,6 +69,7 @@ class MediaInfo:
     knots: tuple[tuple[int, float], ...] = ((0, 0.0),)
     key_frames: tuple[int, ...] = (0,)
     stream_count: int = 1
+    holes: tuple[tuple[float, float], ...] = ()
 
     def times_s(self) -> NDArray[np.float64]:
         """Presentation time of every frame, seconds, ascending from 0."""
@@ -91,6 +93,7 @@ class MediaInfo:
         key_frames: Sequence[int] = (0,),
         rotation_deg: int = 0,
         stream_count: int = 1,
+        holes: Sequence[tuple[float, float]] = (),
     ) -> MediaInfo:
         """times_s: presentation time of every usable frame, ascending from 0. fps: as the header says, 0 if it does
         not; where it contradicts a constant spacing of the frames by more than 1 %, the spacing is believed.
@@ -116,6 +119,7 @@ class MediaInfo:
             knots=tuple((number, float(times_s[number])) for number in knots),
             key_frames=tuple(key_frames[:: max(1, math.ceil(len(key_frames) / _MAX_KEY_FRAMES))]),
             stream_count=stream_count,
+            holes=tuple(holes),
         )
 
     def to_wire(self) -> dict[str, Any]:
@@ -129,5 +133,6 @@ class MediaInfo:
                 "kind": MediaKind(fields["kind"]),
                 "knots": tuple((int(number), float(time)) for number, time in fields["knots"]),
                 "key_frames": tuple(fields["key_frames"]),
+                "holes": tuple((float(start), float(end)) for start, end in fields["holes"]),
             }
         )

@@ -9,12 +9,14 @@ import math
 from dataclasses import dataclass
 
 from nvila.errors import InvalidMedia, InvalidRequest, LimitExceeded
-from nvila.types import FrameRun, MediaKind, VideoSampling
+from nvila.types import FrameRun, Gap, MediaKind, VideoSampling
 from nvila.video import sampling as rules
 from nvila.video.media import MediaInfo
 
 DEFAULT_CHUNK_FRAMES = 32
 """Frames per vision call: 32 frames at 448 x 448 are 19 MB, and eight chunks of a 256-frame request overlap."""
+
+NO_FRAMES = "the file holds no frames here"
 
 MAX_FPS = 1000.0
 """No camera that we know of needs more, and the arithmetic stays far from overflow."""
@@ -25,13 +27,15 @@ class FramePlan:
     """Which frames, in which runs. An image is one run of one frame.
 
     `frames_asked`: what the client (or the model's default) asked for, before it was brought to a multiple of the
-    temporal group. `start_s`, `end_s`: presentation time of the first and last planned frame.
+    temporal group. `start_s`, `end_s`: presentation time of the first and last planned frame. `gaps`: what the file
+    should hold of the window and does not.
     """
 
     frames_asked: int
     runs: tuple[FrameRun, ...]
     start_s: float
     end_s: float
+    gaps: tuple[Gap, ...] = ()
 
     @property
     def indices(self) -> tuple[int, ...]:
@@ -75,6 +79,7 @@ def plan_frames(
         runs=tuple(FrameRun(indices=indices[at : at + longest]) for at in range(0, len(indices), longest)),
         start_s=info.time_s(indices[0]),
         end_s=info.time_s(indices[-1]),
+        gaps=_gaps(wanted, info),
     )
 
 
@@ -111,6 +116,12 @@ def _window(wanted: VideoSampling, info: MediaInfo) -> tuple[int, int]:
             f"the window starts at {start_s} s, past the video's end at {info.duration_s:.3f} s", param="start_s"
         )
     return rules.window_frames(info.times_s(), start_s, end_s)
+
+
+def _gaps(wanted: VideoSampling, info: MediaInfo) -> tuple[Gap, ...]:
+    first_s, end_s = wanted.start_s or 0.0, math.inf if wanted.end_s is None else wanted.end_s
+    inside = ((max(start, first_s), min(end, end_s)) for start, end in info.holes)
+    return tuple(Gap(start_s=start, end_s=end, reason=NO_FRAMES) for start, end in inside if start < end)
 
 
 def _at_rate(fps: float, info: MediaInfo, first: int, end: int, max_frames: int) -> tuple[int, ...]:

@@ -6,7 +6,9 @@ Runs in a decode worker only. Which frames then really decode is `decode.py`'s m
 from __future__ import annotations
 
 import os
+import re
 import stat
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -15,11 +17,13 @@ import av
 import av.error
 import numpy as np
 from av.container import InputContainer
+from av.packet import Packet
 from av.stream import Disposition
 from av.video.stream import VideoStream
 from numpy.typing import NDArray
 
 from nvila.errors import InvalidMedia, LimitExceeded, UnsupportedMedia
+from nvila.video.holes import Span, find_holes
 from nvila.video.media import DecodeLimits
 
 CONTAINERS = ("mov", "mp4", "matroska", "webm", "avi", "mpegts", "mpeg", "flv", "gif")
@@ -32,6 +36,7 @@ CODECS = (
 """FFmpeg decoders that may run: what cameras, phones, editors and the web produce. JPEG2000 is left out on purpose."""
 
 _ENCRYPTED_TAGS = ("encv", "drmi")
+_TAGGED_DURATION = re.compile(r"(\d{1,4}):(\d\d):(\d\d\.\d{1,9})")  # of a track in Matroska
 _VP8_SHOW_FRAME = 0x10
 """Bit of a VP8 packet's first byte (RFC 6386 §9.1): unset in packets that are only referred to, never shown."""
 
@@ -40,12 +45,17 @@ _VP8_SHOW_FRAME = 0x10
 class FrameTable:
     """Every frame that the container announces, in presentation order, from the packets' headers.
 
-    `pts`: presentation stamps, ascending, in units of `time_base`. `is_timed`: every packet had a stamp of its own, so
-    a decoded frame is known by it; otherwise frames can only be counted from the start. `key_numbers`: positions in
-    `pts` at which decoding can start, with their two stamps `key_pts` and `key_dts`.
+    `pts`: presentation stamps, ascending, in units of `time_base`; `durations`: of the same packets, 0 when the
+    container does not say. `announced_s`: length of the video by the header, 0 when it does not say. `is_indexed`: an
+    index names every packet. `is_timed`: every packet had a stamp of its own, so a decoded frame is known by it;
+    otherwise frames can only be counted from the start. `key_numbers`: positions in `pts` at which decoding can start,
+    with their two stamps `key_pts` and `key_dts`.
     """
 
     pts: NDArray[np.int64]
+    durations: NDArray[np.int64]
+    announced_s: float
+    is_indexed: bool
     time_base: Fraction
     is_timed: bool
     key_numbers: NDArray[np.int64]
@@ -61,6 +71,15 @@ class FrameTable:
             times_s: NDArray[np.float64] = (self.pts - self.pts[0]).astype(np.float64) * float(self.time_base)
             return times_s
         return np.arange(len(self), dtype=np.float64) / (fps or 25.0)
+
+    def holes(self, fps: float, frames: int) -> tuple[Span, ...]:
+        """What the file should hold beside its first `frames` frames, by the stamps of its packets and its header."""
+        times_s = self.times_s(fps)
+        lasting_s = self.durations * float(self.time_base) if np.any(self.pts) else np.full(len(self), 1 / (fps or 25))
+        # Some headers count from the container's zero, some from the first frame: take the reading that is kinder.
+        announced_s = self.announced_s - max(0.0, float(self.pts[0] * self.time_base))
+        end_s = max(announced_s, float((times_s + lasting_s).max()))
+        return find_holes(times_s[:frames], (times_s + lasting_s)[:frames], end_s, is_indexed=self.is_indexed)
 
 
 def check_file(path: Path, limits: DecodeLimits) -> os.stat_result:
@@ -132,18 +151,31 @@ def _first_stream(container: InputContainer, limits: DecodeLimits) -> VideoStrea
     return stream
 
 
+def packets(container: InputContainer, stream: VideoStream) -> Iterator[Packet[VideoStream]]:
+    """The stream's packets from where the container stands, and an empty one at the end."""
+    while True:
+        try:
+            yield from container.demux(stream)
+            return
+        except IndexError:  # PyAV fails on a packet of a stream that the header did not name; go on behind it
+            continue
+
+
 def read_table(container: InputContainer, stream: VideoStream, limits: DecodeLimits) -> FrameTable:
     """Read every packet's header (no decoding). What can be read before the file breaks off counts."""
     pts: list[int | None] = []
+    durations: list[int] = []
     keys: list[tuple[int, int]] = []
+    announced_s = _announced_s(container, stream)
     is_vp8 = stream.codec_context.codec.canonical_name == "vp8"
     try:
-        for packet in container.demux(stream):
+        for packet in packets(container, stream):
             if not packet.size or packet.is_discard or (is_vp8 and not memoryview(packet)[0] & _VP8_SHOW_FRAME):
                 continue
             if not pts and packet.has_sidedata("encryption_info"):
                 raise UnsupportedMedia("the video is encrypted")
             pts.append(packet.pts)
+            durations.append(packet.duration or 0)
             if packet.is_keyframe and packet.pts is not None:
                 keys.append((packet.pts, packet.pts if packet.dts is None else packet.dts))
             if len(pts) > limits.max_source_frames:
@@ -158,17 +190,34 @@ def read_table(container: InputContainer, stream: VideoStream, limits: DecodeLim
     is_timed = None not in pts and len(np.unique(stamps)) == len(stamps) and not _stamps_are_guesses(container, stream)
     if None in pts:
         stamps[:] = 0
-    stamps.sort()
+    order = np.argsort(stamps, kind="stable")
+    stamps = stamps[order]
     keys.sort()
     key_pts, key_dts = np.array(keys, np.int64).reshape(-1, 2).T
     return FrameTable(
         pts=stamps,
+        durations=np.array(durations, np.int64)[order],
+        announced_s=announced_s,
+        is_indexed="mp4" in container.format.name,
         time_base=stream.time_base or Fraction(1, 1000),
         is_timed=is_timed,
         key_numbers=np.searchsorted(stamps, key_pts),
         key_pts=key_pts,
         key_dts=key_dts,
     )
+
+
+def _announced_s(container: InputContainer, stream: VideoStream) -> float:
+    """How long the video is by the header; 0 when it does not say. The length of a file is that of the longest of its
+    streams, so it counts only where there is no sound."""
+    if stream.duration and stream.time_base:
+        return float(stream.duration * stream.time_base)
+    tagged = _TAGGED_DURATION.fullmatch(stream.metadata.get("DURATION", ""))
+    if tagged is not None:
+        return int(tagged[1]) * 3600 + int(tagged[2]) * 60 + float(tagged[3])
+    if container.duration and not container.streams.audio:
+        return container.duration / av.time_base
+    return 0.0
 
 
 def _stamps_are_guesses(container: InputContainer, stream: VideoStream) -> bool:
