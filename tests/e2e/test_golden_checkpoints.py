@@ -23,7 +23,7 @@ from nvila.cli.stack import configure
 from nvila.cli.state import StackFolder
 from nvila.golden.inputs import FORMULAS, synthetic
 from nvila.model.checkpoint import Checkpoint
-from tests.e2e.asking import ask, data_url, image_part, messages, picture_url, video_part
+from tests.e2e.asking import Answer, ask, data_url, image_part, messages, picture_url, video_part
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden" / "e2e"
 CHECKPOINTS = [
@@ -59,12 +59,24 @@ async def test_greedy_answers_are_the_recorded_ones(
     for name, case in cases.items():
         ids = case["greedy_ids"]
         is_stopped = ids[-1] in checkpoint.stop_ids
-        answer = await ask(golden_client, messages(*media(case, name, tmp_path), question=text(case)), max_tokens=12)
+        asked = messages(*media(case, name, tmp_path), question=text(case))
+        estimate = await golden_client.post("/estimate", body={"messages": asked, "max_tokens": 12}, cast_to=object)
+        answer = await ask(golden_client, asked, max_tokens=12)
 
         assert answer.text == checkpoint.tokenizer().decode(ids[:-1] if is_stopped else ids), name
         assert answer.finish_reason == ("stop" if is_stopped else "length"), name
         assert answer.usage.completion_tokens == len(ids), name
         assert answer.usage.prompt_tokens == case["sequence_length_after_splice"], name
+        check_estimate(estimate, answer)
+
+
+def check_estimate(estimate: Any, answer: Answer) -> None:
+    """What was told before any pixel was decoded is what the services made."""
+    told = [(item["kind"], item["chunks"], item["tiles"], item["positions"]) for item in estimate["media"]]
+    made = [(item["kind"], item["chunks"], item["tiles"], item["tokens"]) for item in answer.coverage["media"]]
+    assert told == made
+    assert estimate["fits"] is True
+    assert answer.usage.prompt_tokens <= estimate["positions"]["total_at_most"]
 
 
 def text(case: dict[str, Any]) -> str:
