@@ -1,0 +1,165 @@
+"""A sample to the numbers that a training step needs: tiles of its media, and ids, labels and places of its positions.
+
+All that a processor can do before the model is asked: it runs in the feeding processes (`train/feed.py`), and its
+result travels as flat arrays. The layout is the one that serving makes (`model/prompt.py`), so a model is trained on
+exactly the positions that it will be asked with.
+
+N tiles · S tile side · P prompt positions · T visual tokens of the sample · M media items.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvila.errors import InvalidRequest
+from nvila.model.config import NvilaConfig
+from nvila.model.cost import levels
+from nvila.model.preprocess import split_frames, split_image
+from nvila.model.prompt import Layout, TextIds
+from nvila.model.time_tokens import encode_times
+from nvila.model.tokenizer import ChatTokenizer
+from nvila.train.labels import label_answers
+from nvila.train.samples import Sample, SampleMedia
+from nvila.types import MediaKind, Message, PromptMedia, Role, TextPart, TokensRef
+
+VISUAL = -1
+"""In `ids_P`: a visual token stands here, the next of `rows_V`."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareSettings:
+    """`frames`: a video's, one of them drawn per sample (by the sample's own index). `max_positions`: the rest of a
+    sample is cut off. `tiles_every_image`: as the reference trains (NVILA-SPEC §8.1); serving tiles a single image."""
+
+    frames: tuple[int, ...] = (8,)
+    max_positions: int = 8192
+    tiles_every_image: bool = True
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Item:
+    """One media item's share of `tiles_NSS3`: how many, and how they belong together."""
+
+    kind: MediaKind
+    tiles: int
+    block_size: tuple[int, int] | None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
+    """tiles_NSS3: uint8. ids_P: int64, `VISUAL` at visual tokens. labels_P: int64. rows_V: int64, for each visual
+    position in order the row of the sample's visual tokens (media item after media item) that stands there."""
+
+    tiles_NSS3: NDArray[np.uint8]
+    items: tuple[Item, ...]
+    ids_P: NDArray[np.int64]
+    labels_P: NDArray[np.int64]
+    rows_V: NDArray[np.int64]
+    visual_rows: int = 0
+    """T: rows of visual tokens that its media give."""
+    source: str = ""
+
+    @property
+    def positions(self) -> int:
+        return len(self.ids_P)
+
+    @property
+    def targets(self) -> int:
+        """Labels that count; the first of a sample never does."""
+        return int((self.labels_P[1:] >= 0).sum())
+
+
+def prepare(sample: Sample, config: NvilaConfig, tokenizer: ChatTokenizer, settings: PrepareSettings) -> Prepared:
+    """Tile, tokenise, label and lay out one sample. Raises `InvalidRequest` for one that cannot be."""
+    is_tiled = config.can_tile and (settings.tiles_every_image or _is_single_image(sample.media))
+    tiled = [_tiles(media, sample, config, settings, is_tiled) for media in sample.media]
+    media = [item[2] for item in tiled]
+    labelled = label_answers(_timed(sample, config), media, tokenizer, config)
+    ids, rows = _places(labelled.layout, media)
+    labels = np.array(labelled.labels, np.int64)
+    if len(ids) > settings.max_positions:
+        ids, labels = ids[: settings.max_positions], labels[: settings.max_positions]
+        rows = rows[: int((ids == VISUAL).sum())]
+    side = config.tile_px
+    return Prepared(
+        tiles_NSS3=np.concatenate([item[1] for item in tiled]) if tiled else np.zeros((0, side, side, 3), np.uint8),
+        items=tuple(item[0] for item in tiled),
+        ids_P=ids,
+        labels_P=labels,
+        rows_V=rows,
+        visual_rows=sum(item.records[0].tokens for item in media),
+        source=sample.name,
+    )
+
+
+def _is_single_image(media: Sequence[SampleMedia]) -> bool:
+    return len(media) == 1 and media[0].kind is MediaKind.IMAGE
+
+
+def _tiles(
+    media: SampleMedia, sample: Sample, config: NvilaConfig, settings: PrepareSettings, is_tiled: bool
+) -> tuple[Item, NDArray[np.uint8], PromptMedia]:
+    if media.kind is MediaKind.VIDEO:
+        count = settings.frames[sample.index % len(settings.frames)]
+        group = config.temporal_group
+        frames_FSS3 = media.look(-(-count // group) * group, config.tile_px)
+        pieces = split_frames(config, frames_FSS3)
+        record = levels(
+            config, kind=media.kind, is_tiled=False, frames=len(frames_FSS3), pool_sizes=config.pool_sizes
+        )
+        is_tiled = False
+    else:
+        rgb_HWC = media.frames_FHWC[0]
+        pieces = split_image(config, rgb_HWC, is_tiled)
+        height, width = rgb_HWC.shape[:2]
+        record = levels(config, kind=media.kind, is_tiled=is_tiled, width_px=width, height_px=height)
+    item = Item(kind=media.kind, tiles=len(pieces.tiles_NHWC), block_size=pieces.block_size)
+    ref = TokensRef(key=str(id(media)), levels=record)
+    return item, pieces.tiles_NHWC, PromptMedia(kind=media.kind, is_tiled=is_tiled, records=(ref,))
+
+
+def _timed(sample: Sample, config: NvilaConfig) -> tuple[Message, ...]:
+    """Seconds in answers become time tokens, where the model has them and the sample a video; questions stay."""
+    if not config.time_tokens or sample.duration_s <= 0:
+        return sample.messages
+    return tuple(
+        replace(
+            message,
+            parts=tuple(
+                TextPart(encode_times(part.text, sample.duration_s, config.time_tokens, config.time_token_format))
+                if isinstance(part, TextPart)
+                else part
+                for part in message.parts
+            ),
+        )
+        if message.role is Role.ASSISTANT
+        else message
+        for message in sample.messages
+    )
+
+
+def _places(layout: Layout, media: Sequence[PromptMedia]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Ids with gaps for visual tokens, and the rows that fill them."""
+    first = np.cumsum([0, *(item.records[0].tokens for item in media)])
+    ids: list[int] = []
+    rows: list[NDArray[np.int64]] = []
+    for segment in layout.segments:
+        if isinstance(segment, TextIds):
+            ids += segment.ids
+            continue
+        ids += [*segment.before, *[VISUAL] * segment.tokens, *segment.after]
+        at = int(first[segment.media]) + segment.first_row
+        rows.append(np.arange(at, at + segment.tokens, dtype=np.int64))
+    return np.array(ids, np.int64), np.concatenate(rows) if rows else np.zeros(0, np.int64)
+
+
+def check_fits(prepared: Prepared, max_positions: int) -> None:
+    """Raises `InvalidRequest` for a sample that a row cannot hold, or that has nothing to learn from."""
+    if prepared.positions > max_positions:
+        raise InvalidRequest(f"{prepared.source} has {prepared.positions} positions; a row holds {max_positions}")
+    if not prepared.targets:
+        raise InvalidRequest(f"{prepared.source} has no answer to learn within {max_positions} positions")
