@@ -178,6 +178,19 @@ def test_a_part_that_is_nowhere_is_named(tmp_path: Path) -> None:
         Checkpoint.open(copy)
 
 
+def test_a_template_that_walks_through_parts_is_replaced_by_the_references(tmp_path: Path) -> None:
+    """Flat folders may carry their processor's template, to which a message is a list of parts."""
+    copy = Path(shutil.copytree(golden("nvila-tiny-s2"), tmp_path / "copy"))
+    parts = (
+        "{% for message in messages %}{% for part in message['content'] %}{{ part['text'] }}{% endfor %}{% endfor %}"
+    )
+    edit_json(copy / "llm" / "tokenizer_config.json", chat_template=parts)
+    turns = [("user", "What is it?")]
+
+    expected = Checkpoint.open(golden("nvila-tiny-s2")).tokenizer().render(turns)
+    assert Checkpoint.open(copy).tokenizer().render(turns) == expected
+
+
 # -- the language model -----------------------------------------------------------------------------------------------
 
 
