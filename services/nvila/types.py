@@ -62,12 +62,14 @@ class VideoSampling:
 class MediaSource:
     """One media part of a question: where its bytes are to be had. Exactly one of `url` and `file_id` is set.
 
-    `url` is http(s) or `data:`. `sampling` is for videos only.
+    `url` is http(s) or `data:`. `sampling` is for videos only. `param`: the part of the request that brought it, for
+    messages about it.
     """
 
     kind: MediaKind
     url: str | None = None
     file_id: str | None = None
+    param: str | None = None
     sampling: VideoSampling = field(default_factory=VideoSampling)
 
     def __post_init__(self) -> None:

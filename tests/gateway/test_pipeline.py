@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from nvila.errors import DeadlineExceeded, InvalidMedia, LimitExceeded, Overloaded, Unavailable
+from nvila.errors import DeadlineExceeded, InvalidMedia, InvalidRequest, LimitExceeded, Overloaded, Unavailable
 from nvila.gateway.pipeline import Answered, AnswerEvent, Pipeline, PipelineLimits
 from nvila.model.config import ImageMode, LlmConfig, NvilaConfig, TowerConfig, Wrap
 from nvila.telemetry.metrics import Metrics
@@ -89,7 +89,9 @@ def make_stage(frames: FakeFrames | None = None, *, max_model_len: int = 16384, 
 
 def ask(*kinds: MediaKind, sampling: VideoSampling | None = None, timeout_s: float = 20.0) -> Question:
     media = tuple(
-        MediaSource(kind=kind, url=f"http://media/{position}", sampling=sampling or VideoSampling())
+        MediaSource(
+            kind=kind, url=f"http://media/{position}", param=f"media[{position}]", sampling=sampling or VideoSampling()
+        )
         for position, kind in enumerate(kinds)
     )
     parts: tuple[TextPart | MediaPart, ...] = (
@@ -256,6 +258,14 @@ async def test_media_without_any_frame_is_an_error() -> None:
     stage = make_stage(FakeFrames(64, lost=range(64)))
     with pytest.raises(InvalidMedia, match="none of its 64 frames"):
         await read(stage.pipeline.answer(ask(MediaKind.VIDEO)))
+
+
+async def test_what_is_wrong_with_one_of_several_media_names_it() -> None:
+    stage = make_stage()
+    question = ask(MediaKind.IMAGE, MediaKind.VIDEO, sampling=VideoSampling(start_s=99))
+    with pytest.raises(InvalidRequest, match="past the video's end") as caught:
+        await read(stage.pipeline.answer(question))
+    assert caught.value.param == "media[1]"
 
 
 async def test_too_many_tokens_are_refused_before_any_frame_is_decoded() -> None:

@@ -15,13 +15,13 @@ beside the cache; a vision call that fails is repeated; a generation that breaks
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Collection
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncGenerator, Callable, Collection, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 
 from nvila.cache.codec import RecordFormat
 from nvila.cache.keys import plan_key
-from nvila.errors import Cancelled, DeadlineExceeded, LimitExceeded, Unavailable
+from nvila.errors import Cancelled, DeadlineExceeded, InvalidRequest, LimitExceeded, Unavailable
 from nvila.gateway.generation import Generation
 from nvila.gateway.media import ChunkState, MediaItem, PlanRecord, is_tiled
 from nvila.gateway.ports import Decoder, Fetcher, Frames, LocalMedia, Store, Vision
@@ -179,7 +179,7 @@ class OneAnswer:
         sources = self._question.media
         opened = []
         for source in sources:
-            with self._clock.stage("fetch"):
+            with self._clock.stage("fetch"), _blaming(source):
                 file = self._services.fetcher.open(source, self._question.tenant, self._question.deadline)
                 opened.append(await self._files.enter_async_context(file))
         kinds = [source.kind for source in sources]
@@ -204,16 +204,16 @@ class OneAnswer:
             item = remembered.item(source, file, settings, name)
             await self._reuse(item)
             return item
-        info = await services.frames.probe(file.path, source.kind, self._question.deadline)
-        max_frames = min(self._config.max_frames, limits.max_frames)
-        plan = plan_frames(
-            source.sampling,
-            info,
-            default_frames=self._config.default_frames,
-            max_frames=max_frames,
-            group=self._config.temporal_group if is_video else 1,
-            chunk_frames=limits.chunk_frames,
-        )
+        with _blaming(source):
+            info = await services.frames.probe(file.path, source.kind, self._question.deadline)
+            plan = plan_frames(
+                source.sampling,
+                info,
+                default_frames=self._config.default_frames,
+                max_frames=min(self._config.max_frames, limits.max_frames),
+                group=self._config.temporal_group if is_video else 1,
+                chunk_frames=limits.chunk_frames,
+            )
         times_s = info.times_s()
         return MediaItem(
             source=source,
@@ -277,7 +277,7 @@ class OneAnswer:
         takes_whole = kind is MediaKind.IMAGE and (item.settings.is_tiled or self._config.image_mode == "pad")
         size_px = None if takes_whole else self._config.tile_px
         async with AsyncExitStack() as held:
-            with self._clock.stage("video", nvila__media__kind=kind) as current:
+            with self._clock.stage("video", nvila__media__kind=kind) as current, _blaming(item.source):
                 decoding = self._services.frames.decode(item.file.path, kind, chunk.run, size_px, group, deadline)
                 decoded = await held.enter_async_context(decoding)
                 current.set_attribute(names.ATTR_FRAMES_DECODED, len(decoded.times_s))
@@ -357,3 +357,13 @@ class OneAnswer:
             completion_tokens=finished.completion_tokens,
             coverage=Coverage(media=media, stage_ms=self._clock.summary()),
         )
+
+
+@contextmanager
+def _blaming(source: MediaSource) -> Iterator[None]:
+    """What is wrong with one of several media items names the part of the request that brought it."""
+    try:
+        yield
+    except InvalidRequest as error:
+        error.param = source.param or error.param
+        raise

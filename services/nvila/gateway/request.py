@@ -194,7 +194,7 @@ async def _source(asked: AskedMedia, tenant: str, files: Files, limits: RequestL
             file = await files.get(tenant, asked.address)
         except NotFound as error:
             raise NotFound(error.message, param=asked.param) from None
-        return MediaSource(kind=asked.kind or file.kind, file_id=file.id, sampling=asked.sampling)
+        return MediaSource(kind=asked.kind or file.kind, file_id=file.id, param=asked.param, sampling=asked.sampling)
     scheme = asked.address[:8].partition(":")[0].lower()
     if scheme not in ("http", "https", "data"):
         raise ForbiddenURL(
@@ -207,7 +207,7 @@ async def _source(asked: AskedMedia, tenant: str, files: Files, limits: RequestL
     kind = asked.kind
     if kind is None:
         kind = MediaKind.IMAGE if asked.address[:11].lower() == "data:image/" else MediaKind.VIDEO
-    return MediaSource(kind=kind, url=asked.address, sampling=asked.sampling)
+    return MediaSource(kind=kind, url=asked.address, param=asked.param, sampling=asked.sampling)
 
 
 def _check_video_sampling(asked: AskedMedia, limits: RequestLimits) -> None:
