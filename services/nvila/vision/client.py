@@ -39,6 +39,8 @@ _ENCODE_ROOM_BYTES = 1 << 20
 """Of a message, kept for everything that is not pixels."""
 
 _CHANNEL = [
+    # One name may stand for many servers (a headless service in Kubernetes): take turns, not the first one only.
+    ("grpc.lb_policy_name", "round_robin"),
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
     # After a restart of Triton, be back within a second; gRPC's own pauses grow to two minutes.

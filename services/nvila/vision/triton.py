@@ -27,6 +27,8 @@ _POOL_GROWTH_BYTES = 64 << 20
 """Shared memory between server and backend: at start, and each time more is needed. It never shrinks; checks.py bounds
 it."""
 
+_CONNECTION_AGE_MS = 60_000
+
 
 @dataclass(frozen=True)
 class TritonInstall:
@@ -97,6 +99,8 @@ def command(
         f"--grpc-address={host}",
         f"--grpc-port={grpc_port}",
         f"--grpc-restricted-protocol=model-repository,trace,logging:key={nobody}",
+        # Clients look their servers up again when a connection ends: so they find new ones. Open calls go on.
+        f"--grpc-max-connection-age={_CONNECTION_AGE_MS}",
         "--grpc-http2-min-recv-ping-interval-without-data=5000",  # clients ping each 10 s to notice a partition
         f"--metrics-address={host}",
         f"--metrics-port={metrics_port}",
