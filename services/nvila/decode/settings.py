@@ -21,7 +21,7 @@ class Settings(BaseSettings):
 
     # the model
     model: Path
-    """Checkpoint folder in the published NVILA layout."""
+    """NVILA checkpoint: a folder in any published layout, or a hub id (organisation/name, @revision to pin it)."""
     model_name: str = ""
     """Id under which the model is served; empty: the folder's name."""
     engine: Literal["auto", "vllm", "transformers"] = "auto"

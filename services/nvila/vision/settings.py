@@ -16,7 +16,7 @@ class Settings(BaseSettings):
 
     # the model
     model: Path
-    """Checkpoint folder in the published NVILA layout."""
+    """NVILA checkpoint: a folder in any published layout, or a hub id (organisation/name, @revision to pin it)."""
     device: str = "auto"
     """`auto`: the GPU that Triton gives the instance, the processor where there is none. Or `cpu`, `cuda:0`, …"""
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
