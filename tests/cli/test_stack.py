@@ -66,6 +66,21 @@ def test_a_name_that_cannot_be_a_folder_is_refused(name: str) -> None:
         configure(name=name, model=MODEL)
 
 
+@pytest.mark.parametrize("key", ["", "short", "with:tenant", "two-keys,at-once", "with a blank", "k" * 257])
+def test_a_key_that_the_gateway_would_not_take_whole_is_refused(key: str) -> None:
+    with pytest.raises(InvalidRequest, match="8 to 256 printable characters"):
+        configure(name="one", model=MODEL, api_key=key)
+
+
+def test_further_keys_come_from_the_gateways_own_variable(folder: StackFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVILA_GATEWAY_API_KEYS", "key-of-another:acme")
+    config = configure(name="one", model=MODEL, api_key="nvila-given-key")
+
+    environment = stack.parts(config, folder)[3].command().environment
+
+    assert environment["NVILA_GATEWAY_API_KEYS"] == "nvila-given-key,key-of-another:acme"
+
+
 def test_each_stack_has_its_own_key_password_id_and_shared_memory() -> None:
     one, two = configure(name="a", model=MODEL), configure(name="a", model=MODEL)
 

@@ -99,11 +99,14 @@ def configure(
     engine: Literal["vllm", "transformers"] = "vllm",
     log_level: str = "INFO",
 ) -> StackConfig:
-    """A configuration with what was not said filled in: free ports, a new API key."""
+    """A configuration with what was not said filled in: free ports, a new API key. (The gateway takes further keys, for
+    other tenants, from NVILA_GATEWAY_API_KEYS as always.)"""
     if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,30}", name) or name in SHARED_FOLDERS:
         raise InvalidRequest(
             f"stack name {name!r}: at most 31 of a-z, 0-9 and '-', and not {' or '.join(map(repr, SHARED_FOLDERS))}"
         )
+    if api_key is not None and not re.fullmatch(r"[!-+\--9;-~]{8,256}", api_key):
+        raise InvalidRequest("--api-key: must be 8 to 256 printable characters, ',' and ':' not among them")
     return StackConfig(
         name=name,
         stack_id=f"{name}-{uuid.uuid4().hex[:12]}",
@@ -233,7 +236,7 @@ def _gateway(config: StackConfig, folder: StackFolder) -> Part:
         "NVILA_GATEWAY_HOST": HOST,
         "NVILA_GATEWAY_HTTP_PORT": str(config.ports.gateway),
         "NVILA_GATEWAY_GRPC_PORT": str(config.ports.gateway_grpc),
-        "NVILA_GATEWAY_API_KEYS": config.api_key,
+        "NVILA_GATEWAY_API_KEYS": ",".join(filter(None, [config.api_key, os.environ.get("NVILA_GATEWAY_API_KEYS")])),
         "NVILA_GATEWAY_VISION_URL": f"{HOST}:{config.ports.vision_grpc}",
         "NVILA_GATEWAY_DECODE_TARGET": f"{HOST}:{config.ports.decode_grpc}",
         "NVILA_GATEWAY_REDIS_URL": redis_url(config),

@@ -6,7 +6,7 @@ first used, so a process exposes only what it does.
 
 from __future__ import annotations
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, disable_created_metrics, generate_latest
 from prometheus_client.registry import Collector
 
 from nvila.telemetry.names import Metric
@@ -18,6 +18,7 @@ class Metrics:
     """`metrics.add(names.VISION_TILES, 3)`, `metrics.observe(names.STAGE_SECONDS, 0.2, stage="video")`."""
 
     def __init__(self) -> None:
+        disable_created_metrics()  # `…_created` beside every series: names that `names` does not have
         self.registry = CollectorRegistry()
         self._made: dict[str, Counter | Gauge | Histogram] = {}
 
