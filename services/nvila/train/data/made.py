@@ -1,0 +1,44 @@
+"""What a task makes of a draw: a question, its answer, and pictures or a clip (a `Sample` without its name)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from nvila.train.data.draw import pixels
+from nvila.train.samples import SampleMedia
+from nvila.types import MediaKind
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Made:
+    """`task`: after the family's dot. `answers`: besides `answer`, what counts as right too."""
+
+    task: str
+    question: str
+    answer: str
+    media: tuple[SampleMedia, ...]
+    metric: str = "exact"
+    answers: tuple[str, ...] = ()
+    choices: tuple[str, ...] = ()
+    notes: dict[str, Any] = field(default_factory=dict)
+
+
+def images(*pictures: Image.Image) -> tuple[SampleMedia, ...]:
+    return tuple(SampleMedia(kind=MediaKind.IMAGE, frames_FHWC=pixels(picture)) for picture in pictures)
+
+
+def clip(frames: Sequence[Image.Image] | NDArray[np.uint8], fps: float) -> tuple[SampleMedia, ...]:
+    """One video of equal steps. Its duration is its frame count over its rate, as the reference takes it."""
+    if isinstance(frames, np.ndarray):
+        frames_FHWC = frames
+    else:
+        frames_FHWC = np.stack([np.asarray(frame.convert("RGB"), dtype=np.uint8) for frame in frames])
+    count = len(frames_FHWC)
+    times_s = tuple(round(i / fps, 4) for i in range(count))
+    return (SampleMedia(kind=MediaKind.VIDEO, frames_FHWC=frames_FHWC, times_s=times_s, duration_s=count / fps),)

@@ -1,0 +1,208 @@
+"""Things that come and go in a clip: in which order, how often, what was shown briefly, and when.
+
+`order` and `counting` are told by looking at all of the clip; `brief` by looking often enough; `when` is temporal
+localisation, its answers `<start> <end>` in seconds (NVILA-SPEC §6.8).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from PIL import Image, ImageDraw
+
+from nvila.train.data import words
+from nvila.train.data.clips import film, length
+from nvila.train.data.draw import COLOURS, SHAPES, Draw, background, ink_on, paste, stamp, text_size, tint, write
+from nvila.train.data.made import Made, clip
+
+ORDINALS = ("first", "second", "third")
+COLOUR_NAMES = tuple(COLOURS)
+
+
+@dataclass(frozen=True)
+class _Show:
+    """A picture, where, and from which frame to which (not included)."""
+
+    picture: Image.Image
+    at: tuple[float, float]
+    first: int
+    end: int
+
+
+# -- order ------------------------------------------------------------------------------------------------------------
+
+
+def order(draw: Draw) -> Made:
+    """Shapes shown one after the other: which came first, last, or after another."""
+    count = draw.whole(2, 3)
+    frames = length(draw)
+    hues, kinds = draw.some_of(COLOUR_NAMES, count), draw.some_of(SHAPES, count)
+    shows = [
+        _Show(_stamp(draw, hue, kind), _spot(draw), first, end)
+        for hue, kind, (first, end) in zip(hues, kinds, _turns(draw, frames, count), strict=True)
+    ]
+    by_colour = draw.chance(0.5)
+    names = hues if by_colour else kinds
+    noun = "color" if by_colour else "shape"
+    if draw.chance(0.6):
+        asked = draw.whole(0, count - 1)
+        place = "last" if asked == count - 1 and draw.chance(0.5) else ORDINALS[asked]
+        question = draw.one_of(
+            ("Which {noun} appears {place}?", "What {noun} is shown {place}?", "Which {noun} comes {place}?")
+        ).format(noun=noun, place=place)
+        return _made(draw, "place", question, names[asked], frames, shows, hues)
+    one, other = draw.some_of(range(count), 2)
+    question = draw.one_of(
+        ("Which appears first, {} or {}?", "Which comes first: {} or {}?", "Which is shown earlier, {} or {}?")
+    ).format(names[one], names[other])
+    return _made(draw, "earlier", question, names[min(one, other)], frames, shows, hues)
+
+
+# -- counting over time -----------------------------------------------------------------------------------------------
+
+
+def counting(draw: Draw) -> Made:
+    """How often one shape flashes, or how many different ones pass."""
+    number = draw.whole(1, draw.knobs.count)
+    frames = max(length(draw), round(draw.knobs.video_fps * 0.9 * number))
+    question: str
+    if draw.chance(0.5):
+        hue, kind = draw.one_of(COLOUR_NAMES), draw.one_of(SHAPES)
+        picture, at = _stamp(draw, hue, kind), _spot(draw)
+        shows = [_Show(picture, at, first, end) for first, end in _turns(draw, frames, number, is_apart=True)]
+        question = draw.one_of(
+            ("How many times does the {} appear?", "How often is the {} shown?", "Count how often the {} appears.")
+        ).format(f"{hue} {kind}")
+        return _made(draw, "flashes", question, str(number), frames, shows, [hue])
+    kind = draw.one_of(SHAPES)
+    hues = draw.some_of(COLOUR_NAMES, number)
+    turns = _turns(draw, frames, number, is_apart=True)
+    shows = [_Show(_stamp(draw, hue, kind), _spot(draw), a, b) for hue, (a, b) in zip(hues, turns, strict=True)]
+    plural = f"{kind}es" if kind == "cross" else f"{kind}s"
+    question = draw.one_of(
+        ("How many {} appear in the video?", "How many {} are shown in all?", "Count the {} in the video.")
+    ).format(plural)
+    return _made(draw, "passing", question, str(number), frames, shows, hues)
+
+
+# -- text shown for part of a clip ------------------------------------------------------------------------------------
+
+
+def brief(draw: Draw) -> Made:
+    """What is written on a sign that is there for a moment."""
+    frames, fps = length(draw), draw.knobs.video_fps
+    shown = max(2, round(draw.real(*draw.knobs.brief_s) * fps))
+    first = draw.whole(1, frames - shown - 1)
+    text = draw.one_of((words.word(draw), words.code(draw, draw.whole(2, 4)), words.number(draw)))
+    hue = draw.one_of(COLOUR_NAMES)
+    sign = _sign(draw, text, hue)
+    shows = [_Show(sign, _room(draw, sign), first, first + shown)]
+    question = draw.one_of(
+        (
+            "What text appears in the video?",
+            "What does the sign say?",
+            "Read the text that is shown for a moment.",
+            "What is written on the sign?",
+        )
+    )
+    made = _made(draw, "sign", question, text, frames, shows, [hue], metric="anls")
+    made.notes.update(shown_s=shown / fps, share=round(shown / frames, 3))
+    return made
+
+
+# -- when -------------------------------------------------------------------------------------------------------------
+
+
+def when(draw: Draw) -> Made:
+    """From when to when a shape is on show, with another shape or none at other times."""
+    frames, fps = length(draw), draw.knobs.video_fps
+    shown = round(frames * draw.real(0.12, 0.5))
+    first = draw.whole(0, frames - shown)
+    hues, kinds = draw.some_of(COLOUR_NAMES, 2), draw.some_of(SHAPES, 2)
+    left, right = draw.some_of((0.27, 0.73), 2)
+    side = draw.knobs.video_px
+    shows = [_Show(_stamp(draw, hues[0], kinds[0]), (side * left, side * draw.real(0.3, 0.7)), first, first + shown)]
+    if draw.chance(0.5):  # something else, at a time of its own
+        other = round(frames * draw.real(0.12, 0.5))
+        start = draw.whole(0, frames - other)
+        at = (side * right, side * draw.real(0.3, 0.7))
+        shows.append(_Show(_stamp(draw, hues[1], kinds[1]), at, start, start + other))
+    question = draw.one_of(
+        (
+            "When is the {} visible?",
+            "When does the {} appear? Give start and end.",
+            "From when to when is the {} shown?",
+            "During which time do you see the {}?",
+        )
+    ).format(f"{hues[0]} {kinds[0]}")
+    answer = f"<{first / fps:.2f}> <{(first + shown) / fps:.2f}>"
+    return _made(draw, "shown", question, answer, frames, shows, hues, metric="interval")
+
+
+# -- common -----------------------------------------------------------------------------------------------------------
+
+
+def _made(
+    draw: Draw,
+    task: str,
+    question: str,
+    answer: str,
+    frames: int,
+    shows: Sequence[_Show],
+    hues: Sequence[str],
+    metric: str = "exact",
+) -> Made:
+    side = draw.knobs.video_px
+    ground = background(draw, side, side, avoid=[COLOURS[hue] for hue in hues])
+
+    def paint(frame: Image.Image, number: int) -> None:
+        for show in shows:
+            if show.first <= number < show.end:
+                paste(frame, show.picture, show.at)
+
+    media = clip(film(ground, frames, paint), draw.knobs.video_fps)
+    return Made(task=task, question=question, answer=answer, media=media, metric=metric, notes={"frames": frames})
+
+
+def _turns(draw: Draw, frames: int, count: int, *, is_apart: bool = False) -> list[tuple[int, int]]:
+    """`count` stretches of frames one after the other; `is_apart`: with a gap of two frames or more between them."""
+    slot = frames / count
+    turns = []
+    for turn in range(count):
+        low, high = round(turn * slot) + 1, round((turn + 1) * slot) - 1
+        longest = max(2, high - low - (1 if is_apart else 0))
+        shown = max(2, round(longest * draw.real(0.4, 0.8)))
+        first = draw.whole(low, max(low, high - shown))
+        turns.append((first, min(first + shown, frames)))
+    return turns
+
+
+def _spot(draw: Draw) -> tuple[float, float]:
+    side = draw.knobs.video_px
+    return side * draw.real(0.25, 0.75), side * draw.real(0.25, 0.75)
+
+
+def _stamp(draw: Draw, hue: str, kind: str) -> Image.Image:
+    return stamp(kind, round(draw.knobs.video_px * draw.real(0.25, 0.4)), tint(draw, COLOURS[hue]))
+
+
+def _sign(draw: Draw, text: str, hue: str) -> Image.Image:
+    side = draw.knobs.video_px
+    ground = tint(draw, COLOURS[hue])
+    face, bold = draw.face(), draw.chance(0.5)
+    size_px = round(side * draw.real(0.13, 0.2))
+    while text_size(text, face.font(size_px, bold=bold))[0] > side * 0.8:
+        size_px -= 1
+    font = face.font(size_px, bold=bold)
+    width, height = text_size(text, font)
+    picture = Image.new("RGBA", (width + size_px, height + size_px), (*ground, 255))
+    write(ImageDraw.Draw(picture), (picture.width / 2, picture.height / 2), text, font, ink_on(ground), "mm")
+    return picture
+
+
+def _room(draw: Draw, picture: Image.Image) -> tuple[float, float]:
+    """A centre with which a picture lies inside the frame."""
+    side = draw.knobs.video_px
+    spare_x, spare_y = max(0, side - picture.width), max(0, side - picture.height)
+    return picture.width / 2 + draw.real(0, spare_x), picture.height / 2 + draw.real(0, spare_y)
