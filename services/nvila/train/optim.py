@@ -1,0 +1,70 @@
+"""The optimizer: AdamW in groups, and the learning rate's course (NVILA-SPEC §8.1)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from nvila.errors import InvalidRequest
+from nvila.train.recipes import PROJECTOR, TOWER, Optim
+
+
+def parameter_groups(model: nn.Module, settings: Optim) -> list[dict[str, Any]]:
+    """Learning parameters by module and by whether they decay: biases and norms do not (in the reference, whatever is
+    not a weight of a LayerNorm-like module or called bias).
+
+    The reference ignores the tower's rate where the projector has its own; here both are taken as they are said.
+    """
+    rates = {TOWER: settings.tower_lr, PROJECTOR: settings.projector_lr}
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and not name.endswith("bias")
+            groups.setdefault((name.partition(".")[0], decays), []).append(parameter)
+    return [
+        {
+            "params": parameters,
+            "lr": (lr := settings.lr if rates.get(module) is None else rates[module]),
+            "peak_lr": lr,
+            "weight_decay": settings.weight_decay if decays else 0.0,
+        }
+        for (module, decays), parameters in groups.items()
+    ]
+
+
+def make_optimizer(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:
+    """Raises `InvalidRequest` when nothing learns, or the moments' format is unknown."""
+    groups = parameter_groups(model, settings)
+    if not groups:
+        raise InvalidRequest("the recipe trains no parameter")
+    common: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas}
+    if settings.states == "float32":
+        is_cuda = groups[0]["params"][0].is_cuda
+        return torch.optim.AdamW(groups, **common, fused=True if is_cuda else None)
+    from torchao import optim as low_bit
+
+    kinds = {"8bit": low_bit.AdamW8bit, "fp8": low_bit.AdamWFp8}
+    if settings.states not in kinds:
+        raise InvalidRequest(f"optimizer states {settings.states!r} are unknown; known: float32, {', '.join(kinds)}")
+    optimizer: torch.optim.Optimizer = kinds[settings.states](groups, **common)
+    return optimizer
+
+
+def set_rate(optimizer: torch.optim.Optimizer, settings: Optim, progress: float) -> float:
+    """Linear warm-up, then a half cosine to 0, as functions of the share of the run that is done; returns the first
+    group's rate."""
+    warm = settings.warmup
+    if progress < warm:
+        factor = progress / warm
+    else:
+        factor = 0.5 * (1 + math.cos(math.pi * min(1.0, (progress - warm) / max(1e-9, 1 - warm))))
+    for group in optimizer.param_groups:
+        rate = group["peak_lr"] * factor
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+    return float(optimizer.param_groups[0]["lr"])

@@ -1,0 +1,74 @@
+"""The generated tasks without files: sample number n is rendered when it is asked for, so an epoch has no end.
+
+For training at the speed of the processors that render; `nvila train data` writes the same samples to files. Needs
+neither PyAV nor fonts from anywhere else than `train/data`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+from nvila.errors import InvalidRequest
+from nvila.train.data.catalogue import FAMILIES, IMAGES, VIDEOS, make_sample
+from nvila.train.data.draw import Split
+from nvila.train.samples import Sample
+
+PREFIX = "synthetic:"
+_PART = re.compile(r"([a-z_]+)(?:\*(\d+))?")
+
+
+class SyntheticSource:
+    """A `SampleSource` over families in proportion. `families`: (name, weight)."""
+
+    def __init__(
+        self, families: tuple[tuple[str, float], ...], *, lane: int, lanes: int, seed: int, split: Split = Split.TRAIN
+    ) -> None:
+        self._names = [name for name, _ in families]
+        weights = np.array([weight for _, weight in families])
+        self._ends = np.cumsum(weights / weights.sum())
+        self._lane, self._lanes, self._seed, self._split = lane, lanes, seed, split
+        self._next = 0
+
+    def __len__(self) -> int:
+        """There are no epochs."""
+        return 0
+
+    def __iter__(self) -> Iterator[Sample]:
+        while True:
+            number = self._lane + self._lanes * self._next
+            self._next += 1
+            yield self.load(number)
+
+    def load(self, number: int) -> Sample:
+        point = np.random.Generator(np.random.PCG64([self._seed, number])).random()
+        family = self._names[min(int(np.searchsorted(self._ends, point)), len(self._names) - 1)]
+        return make_sample(family, self._split, self._seed, number)
+
+    def state(self) -> dict[str, Any]:
+        return {"next": self._next}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._next = int(state["next"])
+
+
+@cache
+def families(text: str) -> tuple[tuple[str, float], ...]:
+    """`videos*2+images`, `shapes+when*3`: families, or groups of them that share their group's weight.
+
+    Raises `InvalidRequest` naming the part that is unknown.
+    """
+    groups = {"images": tuple(IMAGES), "videos": tuple(VIDEOS), "all": tuple(FAMILIES)}
+    weights: dict[str, float] = {}
+    for part in text.split("+"):
+        match = _PART.fullmatch(part)
+        names = groups.get(match[1], (match[1],)) if match else ()
+        if match is None or any(name not in FAMILIES for name in names):
+            raise InvalidRequest(f"{part!r} is no task family; there are {', '.join([*groups, *FAMILIES])}", param="data")
+        for name in names:
+            weights[name] = weights.get(name, 0.0) + float(match[2] or 1) / len(names)
+    return tuple(weights.items())
