@@ -1,4 +1,4 @@
-"""Tar shards in WebDataset's layout, with the standard library: members of a sample share their name up to the first dot.
+"""Tar shards in WebDataset's layout, by the standard library: members of a sample share the name up to the first dot.
 
 `12.json` is the conversation record (`records.py`), `12.0.png` and `12.1.png` its pictures, `12.0.clip.npz` its clip
 (`clips.py`). Shards of others may hold `.jpg`, `.txt` captions and so on as WebDataset has them; what is read
