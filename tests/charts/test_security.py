@@ -78,6 +78,16 @@ def test_generated_secrets_differ_from_each_other() -> None:
     assert len(values) == len(set(values)) == 6
 
 
+def test_ray_asks_for_a_token_unless_told_otherwise() -> None:
+    def mode(values: dict[str, Any]) -> str:
+        spec = render({"decode": {"mode": "rayservice", "rayservice": values}}).get("RayService", "decode")["spec"]
+        found: str = spec["rayClusterConfig"]["authOptions"]["mode"]
+        return found
+
+    assert mode({}) == "token"
+    assert mode({"auth": "disabled"}) == "disabled"
+
+
 def test_redis_over_tls_is_verified_with_the_given_authority() -> None:
     rendered = render({"redis": {"tls": {"enabled": True, "existingSecret": "certificates"}}})
     for part in ("gateway", "vision", "decode"):
