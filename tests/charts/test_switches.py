@@ -169,6 +169,16 @@ def test_a_pod_waits_before_it_stops_and_has_time_to_drain(part: str) -> None:
     assert pod["terminationGracePeriodSeconds"] > int(pause_s)
 
 
+@pytest.mark.parametrize("part", ["vision", "decode"])
+def test_an_upgrade_never_needs_more_gpus_and_without_gpus_is_without_a_gap(part: str) -> None:
+    def rolling(values: dict[str, Any]) -> dict[str, int]:
+        found: dict[str, int] = render(values).get("Deployment", part)["spec"]["strategy"]["rollingUpdate"]
+        return found
+
+    assert rolling({}) == {"maxUnavailable": 0, "maxSurge": 1}
+    assert rolling({part: {"gpu": {"count": 2, "resource": "nvidia.com/gpu"}}}) == {"maxUnavailable": 1, "maxSurge": 0}
+
+
 # -- autoscaling
 
 
