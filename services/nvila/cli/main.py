@@ -20,6 +20,7 @@ EXIT_CODES = {
     "forbidden_url": 3,
     "invalid_checkpoint": 3,
     "unauthenticated": 4,
+    "forbidden": 4,
     "not_found": 5,
     "overloaded": 6,
     "unavailable": 7,
@@ -29,8 +30,9 @@ EXIT_CODES = {
 """Exit status by error code (nvila.errors); 130 after Ctrl-C, as shells do."""
 
 _STATUSES = """\
-exit status: 0 done · 2 wrong usage · 3 the request, the media or the model is at fault · 4 API key · 5 not found ·
-  6 overloaded · 7 something is down or did not start · 8 out of time · 130 interrupted · 1 anything else"""
+exit status: 0 done · 2 wrong usage · 3 the request, the media or the model is at fault · 4 API key, cluster rights
+  · 5 not found · 6 overloaded · 7 something is down or did not start · 8 out of time · 130 interrupted · 1 anything
+  else"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -73,7 +75,8 @@ def parser() -> argparse.ArgumentParser:
     _ask(verbs.add_parser("ask", help="ask a question about images and videos", epilog=_STATUSES))
     _model_verb(verbs.add_parser("model", help="look into a checkpoint, convert it, verify it"))
     _demo(verbs.add_parser("demo", help="start a stack, ask two questions about a real video, stop it"))
-    operations.capacity(verbs.add_parser("capacity", help="what hardware a load needs, and what autoscaling makes of it"))
+    operations.capacity(verbs.add_parser("capacity", help="what a load needs, and what autoscaling makes of it"))
+    operations.cluster(verbs.add_parser("cluster", help="nvila in Kubernetes: doctor, status, wait, scale, bundle"))
     return top
 
 

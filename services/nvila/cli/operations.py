@@ -60,3 +60,25 @@ def _common(action: argparse.ArgumentParser) -> None:
         "--positions-per-s", type=float, metavar="X", help="measured: prompt positions per second of a decode replica"
     )
     action.add_argument("--json", action="store_true", help="print JSON, for programs")
+
+
+def cluster(verb: argparse.ArgumentParser) -> None:
+    actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")
+    doctor = actions.add_parser(
+        "doctor", help="what the cluster lacks, before and after installation, and what mends it"
+    )
+    doctor.add_argument("--cpu", action="store_true", help="no GPUs are wanted")
+    actions.add_parser("status", help="pools, replicas, backlogs, versions")
+    wait = actions.add_parser("wait", help="until every pool is ready")
+    wait.add_argument("--timeout", type=float, default=900, metavar="S", help="longest wait (%(default)s s)")
+    scale = actions.add_parser("scale", help="change the size of pools: vision=4 decode=2..8")
+    scale.add_argument("pools", nargs="+", metavar="POOL=N", help="one number, or least..most of an autoscaler")
+    bundle = actions.add_parser("bundle", help="one archive for whoever is to help, without secrets")
+    bundle.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: nvila-bundle-….tar.gz here")
+    bundle.add_argument("--cpu", action="store_true", help="no GPUs are wanted")
+    for action in actions.choices.values():
+        action.add_argument("-n", "--namespace", metavar="NAME", help="default: the context's")
+        action.add_argument("--release", default="nvila", metavar="NAME", help="Helm release (default: %(default)s)")
+        action.add_argument("--context", metavar="NAME", help="of the kubeconfig (default: its current one)")
+        action.add_argument("--kubeconfig", metavar="FILE", help="default: KUBECONFIG, or ~/.kube/config")
+        action.add_argument("--json", action="store_true", help="print one JSON object, for programs")
