@@ -207,7 +207,7 @@ def _first(folder: Path, *patterns: str) -> list[Path]:
 
 def _rows(folder: Path, *patterns: str) -> Iterator[tuple[Path, dict[str, Any]]]:
     try:
-        from pyarrow import parquet
+        from pyarrow import parquet  # type: ignore[import-untyped]  # it has no stubs
     except ImportError:
         raise Unavailable("reading parquet files needs pyarrow: pip install pyarrow") from None
     for path in _first(folder, *(f"**/{pattern}" for pattern in patterns)):

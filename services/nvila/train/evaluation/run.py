@@ -32,7 +32,7 @@ class Answerer(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Answer:
-    """One judged answer. `error`: why there is none; it counts as wrong. `slice`: `held_out` (fonts, layouts) or empty."""
+    """One judged answer. `error`: why there is none; it counts as wrong. `slice`: `held_out` or empty."""
 
     name: str
     task: str

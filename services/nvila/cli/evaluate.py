@@ -1,0 +1,160 @@
+"""`nvila evaluate`: ask every question of a data set, score the answers, compare two runs."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from contextlib import closing
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from nvila.cli import show
+from nvila.cli.checkpoint import find_model
+from nvila.errors import InvalidRequest, NotFound
+from nvila.train.data.media import VideoReading
+from nvila.train.data.mixture import Source, open_source
+from nvila.train.evaluation import compare, report
+from nvila.train.evaluation.adapters import BenchmarkSource
+from nvila.train.evaluation.baselines import Chance, Statistics
+from nvila.train.evaluation.run import Answerer, TextOnly, evaluate, read_answers
+from nvila.train.samples import Sample
+
+_SERVED_TIME_TOKENS = 100
+_LOSS_EXIT = 1
+_BASELINE_SAMPLES = 4000
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.compare:
+        return _compare(args)
+    if args.data is None:
+        raise InvalidRequest("name a folder with test data, or two runs with --compare")
+    sources = _sources(args)
+    total = sum(min(len(source), args.limit or len(source)) for source in sources)
+    with closing(_answerer(args, [source.name for source in sources])) as answerer, _bar() as bar:
+        if args.text_only:
+            answerer = TextOnly(answerer)
+        task, right = bar.add_task("asking", total=total, score=0.0), 0.0
+
+        def progress(answer: object) -> None:
+            nonlocal right
+            right += getattr(answer, "score", 0.0)
+            bar.advance(task)
+            bar.update(task, score=100 * right / max(1, bar.tasks[0].completed))
+
+        bad: list[str] = []
+        answers = evaluate(
+            _samples(sources, args.limit, bad), answerer, args.out, progress, time_tokens=_time_tokens(args, answerer)
+        )
+    if not answers:
+        raise NotFound(f"no sample of {args.data} could be read")
+    if args.json:
+        extra = {"split": args.split, "frames": args.frames, "left_out": bad}
+        show.print_json(report.as_json(answerer.name, answers, extra))
+    else:
+        print_table(report.table(f"{answerer.name} on {args.data} ({args.format or args.split})", answers))
+        for where in bad[:10]:
+            show.console.print(f"[yellow]left out: {where}[/]")
+    return 0
+
+
+def _sources(args: argparse.Namespace) -> list[Source]:
+    reading = VideoReading(frames=args.frames or 32)
+    if args.format:
+        return [BenchmarkSource(args.format, args.data, reading)]
+    names = args.tasks.split("+") if args.tasks else _names(args.data, args.split)
+    return [open_source(name, args.data, split=args.split, reading=reading) for name in names]
+
+
+def _names(folder: Path, split: str) -> list[str]:
+    """Sets of a split, in shards or conversation lists."""
+    shards = {path.name.rpartition(f"-{split}-")[0] for path in folder.glob(f"*-{split}-*.tar")}
+    lists = {path.stem for path in folder.glob(f"*-{split}.json*")}
+    if not shards and not lists:
+        raise NotFound(f"{folder} has no {split} data: neither NAME-{split}-*.tar nor NAME-{split}.json(l)")
+    return sorted(shards | lists)
+
+
+def _samples(sources: list[Source], limit: int | None, bad: list[str]) -> Iterator[Sample]:
+    """In order; what cannot be read is left out and named in `bad`."""
+    for source in sources:
+        for index in range(min(len(source), limit or len(source))):
+            try:
+                yield source.load(index)
+            except (InvalidRequest, NotFound) as error:
+                bad.append(f"{source.where(index)}: {error.message}")
+
+
+def _answerer(args: argparse.Namespace, names: list[str]) -> Answerer:
+    if args.baseline:
+        training: list[Sample] = []
+        for name in names:
+            mixture = open_source(name.removesuffix(f"-{args.split}"), args.data, split="train")
+            training += [mixture.load(i) for i in range(min(len(mixture), _BASELINE_SAMPLES))]
+        return Chance(training) if args.baseline == "chance" else Statistics(training)
+    if args.url:
+        from nvila.train.evaluation.endpoint import EndpointAnswerer
+
+        return EndpointAnswerer(
+            args.url,
+            api_key=args.api_key or "",
+            model=args.served_name,
+            concurrency=args.concurrency,
+            frames=args.frames,
+            max_tokens=args.max_tokens,
+        )
+    path = find_model(args.model)
+    if args.pipeline:
+        from nvila.cli.evaluate_pipeline import PipelineAnswerer
+
+        return PipelineAnswerer(path, frames=args.frames, max_tokens=args.max_tokens)
+    from nvila.train.evaluation.model import ModelAnswerer
+
+    return ModelAnswerer.load(
+        path, device=args.device, frames=args.frames, batch=args.batch, max_tokens=args.max_tokens
+    )
+
+
+def _time_tokens(args: argparse.Namespace, answerer: Answerer) -> int:
+    if args.baseline:
+        return 0
+    if args.url:
+        return _SERVED_TIME_TOKENS if args.time_tokens is None else int(args.time_tokens)
+    from nvila.model.checkpoint import Checkpoint
+
+    return Checkpoint.open(find_model(args.model)).config.time_tokens
+
+
+def _compare(args: argparse.Namespace) -> int:
+    a, b = (read_answers(path) for path in args.compare)
+    differences = compare.compare(a, b)
+    if args.json:
+        show.print_json({"differences": [asdict(one) | {"loss": one.loss} for one in differences]})
+    else:
+        print_table(compare.table(f"A {args.compare[0]} · B {args.compare[1]}", differences))
+    whole = differences[-1]
+    if args.max_loss is not None and 100 * whole.loss > args.max_loss:
+        show.console.print(f"[red]B loses {100 * whole.loss:.1f} points; at most {args.max_loss:g} are allowed[/]")
+        return _LOSS_EXIT
+    return 0
+
+
+def print_table(table: object) -> None:
+    """A result: on stdout."""
+    from rich.console import Console
+
+    Console(highlight=False).print(table)
+
+
+def _bar() -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("score {task.fields[score]:.1f}"),
+        TimeRemainingColumn(),
+        console=show.console,
+        transient=True,
+    )
