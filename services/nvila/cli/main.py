@@ -7,7 +7,7 @@ import importlib
 import json
 import sys
 
-from nvila.cli import operations
+from nvila.cli import operations, training
 from nvila.errors import NvilaError
 
 EXIT_CODES = {
@@ -30,9 +30,9 @@ EXIT_CODES = {
 """Exit status by error code (nvila.errors); 130 after Ctrl-C, as shells do."""
 
 _STATUSES = """\
-exit status: 0 done · 2 wrong usage · 3 the request, the media or the model is at fault · 4 API key, cluster rights
-  · 5 not found · 6 overloaded · 7 something is down or did not start · 8 out of time · 130 interrupted · 1 anything
-  else"""
+exit status: 0 done · 2 wrong usage · 3 the request, the media or the model is at fault · 4 API key, cluster rights ·
+  5 not found · 6 overloaded · 7 something is down or did not start · 8 out of time · 130 interrupted ·
+  1 anything else"""
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -75,6 +75,8 @@ def parser() -> argparse.ArgumentParser:
     _ask(verbs.add_parser("ask", help="ask a question about images and videos", epilog=_STATUSES))
     _model_verb(verbs.add_parser("model", help="look into a checkpoint, convert it, verify it"))
     _demo(verbs.add_parser("demo", help="start a stack, ask two questions about a real video, stop it"))
+    training.train(verbs.add_parser("train", help="train, tune and prune models: recipes, stages, ablations"))
+    training.evaluate(verbs.add_parser("evaluate", help="score answers to data sets; compare two runs"))
     operations.capacity(verbs.add_parser("capacity", help="what a load needs, and what autoscaling makes of it"))
     operations.cluster(verbs.add_parser("cluster", help="nvila in Kubernetes: doctor, status, wait, scale, bundle"))
     return top
