@@ -100,7 +100,7 @@ async def test_ray_runs_what_the_chart_tells_it(head: Head, tmp_path: Path) -> N
     deploy += ["-a", f"http://127.0.0.1:{head.dashboard}"]
     done = subprocess.run(deploy, env=head.environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    _await(f"http://127.0.0.1:{head.http}/metrics", 120)  # a worker's readiness probe
+    _await(f"http://127.0.0.1:{head.http}/metrics", 300)  # a worker's readiness probe
     client = DecodeClient(f"dns:///127.0.0.1:{head.grpc}")
     card = await client.describe()
     await client.close()
