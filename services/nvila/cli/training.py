@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from nvila.cli.training_stages import stages
+
 
 def train(verb: argparse.ArgumentParser) -> None:
     actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")
     _data(actions.add_parser("data", help="render training and test data, or check your own"))
+    stages(actions.add_parser)
 
 
 def evaluate(verb: argparse.ArgumentParser) -> None:

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import FrameType
@@ -27,18 +27,19 @@ from typing import Any
 
 import torch
 
-from nvila.errors import InvalidRequest
+from nvila.errors import InvalidRequest, NotFound
 from nvila.model.checkpoint import Checkpoint
+from nvila.model.layouts import LayoutStyle
 from nvila.model.save import write_json
 from nvila.train import adapters, fp8
 from nvila.train.distributed import Ranks, clip, shard
-from nvila.train.export import export_model, reshape_checkpoint
+from nvila.train.export import DTYPES, export_model, reshape_checkpoint
 from nvila.train.feed import Feed, Step
 from nvila.train.model import LossSettings, Module, Row, TrainableNvila
 from nvila.train.optim import make_optimizer, set_rate
 from nvila.train.plot import plot_losses, read_metrics
-from nvila.train.recipes import Duration, Precision, Recipe
-from nvila.train.state import Progress, clean, newest_state, read_progress, restore_state, save_state
+from nvila.train.recipes import Duration, Precision, Recipe, recipe_from
+from nvila.train.state import Progress, clean, newest_state, read_progress, restore_state, restore_weights, save_state
 
 logger = logging.getLogger(__name__)
 
@@ -397,10 +398,22 @@ def train_all(
     return outcome
 
 
-def with_data(recipe: Recipe, data: str | None) -> Recipe:
-    """The recipe on other data, where they are named."""
-    return recipe if data is None else replace(recipe, data=data)
-
-
-def described(recipe: Recipe) -> dict[str, Any]:
-    return asdict(recipe)
+def export_state(
+    folder: Path, target: Path, *, dtype: str = "bfloat16", style: str = "vila", shard_bytes: int = 5_000_000_000
+) -> Path:
+    """The newest state of a run, finished or not, as a checkpoint. Raises `NotFound` when there is none."""
+    state = newest_state(folder / "state")
+    if state is None or not (folder / "run.json").exists():
+        raise NotFound(f"{folder} holds no run that has come to its first state")
+    record = json.loads((folder / "run.json").read_text("utf-8"))
+    recipe = recipe_from(record["recipe"])
+    start = folder / "start" if recipe.reshape is not None else Path(record["start"])
+    checkpoint = Checkpoint.open(start)
+    model = TrainableNvila.load(checkpoint)
+    _prepare(model, replace(recipe, precision=Precision.FLOAT32))
+    restore_weights(state, model)
+    adapters.merge(model)
+    export_model(
+        model, checkpoint, target, dtype=DTYPES[dtype], style=LayoutStyle(style), shard_bytes=shard_bytes
+    )
+    return target

@@ -8,13 +8,13 @@ of 64 (which vLLM's CPU attention has), and a byte-level BPE vocabulary learned 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor, nn
 
 from nvila.model.checkpoint import RANDOM_KEY, TOWER_PREFIX, Checkpoint
@@ -48,7 +48,6 @@ class TinyShape:
     llm_layers: int = 8
     llm_heads: int = 6
     llm_kv_heads: int = 2
-    words: int = 1940
     time_tokens: int = 100
     max_positions: int = 16384
 
@@ -65,28 +64,24 @@ TOY = TinyShape(
     llm_layers=2,
     llm_heads=2,
     llm_kv_heads=1,
-    words=300,
     max_positions=4096,
 )
 """Steps in tens of milliseconds on a processor core."""
 
 
-def make_base(folder: Path, texts: Iterable[str], shape: TinyShape = TINY, seed: int = 0) -> Path:
-    """Write the checkpoint that `tiny_base` starts from: one tile per picture, random weights. The same seed and texts
-    give the same weights. A folder that is there is kept."""
+def make_base(folder: Path, shape: TinyShape = TINY, merges: Sequence[str] = (), seed: int = 0) -> Path:
+    """Write the checkpoint that `tiny_base` starts from: one tile per picture, random weights. The same seed gives the
+    same weights. A folder that is there is kept. `merges`: of the vocabulary; default: nvila-tiny's own."""
     if (folder / "config.json").exists():
         return folder
     with whole_folder(folder) as new:
-        tokenizer = _learn_words(texts, shape.words)
-        rows = _write_tokenizer(new / Part.LLM, tokenizer, shape)
+        rows = _write_tokenizer(new / Part.LLM, merges or tiny_merges(), shape)
         write_json(new / Part.LLM / "config.json", _llm(shape, rows))
         write_json(new / Part.TOWER / "config.json", _tower(shape))
         write_json(new / Part.TOWER / "preprocessor_config.json", _processor(shape))
         projector = {"architectures": ["MultimodalProjector"], "model_type": "v2l_projector"}
         write_json(new / Part.PROJECTOR / "config.json", projector | {"mm_projector_type": "mlp_downsample"})
         write_json(new / "config.json", _root(shape))
-        for part in Part:
-            save_part(new / part, {"placeholder": torch.zeros(1)})
         config = Checkpoint.open(new).config
         for part, weights in _first_weights(config, seed).items():
             save_part(new / part, weights)
@@ -96,7 +91,13 @@ def make_base(folder: Path, texts: Iterable[str], shape: TinyShape = TINY, seed:
 # -- words ------------------------------------------------------------------------------------------------------------
 
 
-def _learn_words(texts: Iterable[str], words: int) -> Tokenizer:
+def tiny_merges() -> list[str]:
+    """nvila-tiny's, learned once from the texts of 22,000 generated samples (`learn_merges`)."""
+    return Path(__file__).with_name("nvila_tiny_merges.txt").read_text("utf-8").splitlines()[1:]
+
+
+def learn_merges(texts: Iterable[str], words: int) -> list[str]:
+    """Of a byte-level BPE with at most so many words; fewer where the texts give fewer pairs that come twice."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -105,24 +106,23 @@ def _learn_words(texts: Iterable[str], words: int) -> Tokenizer:
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=words, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False, min_frequency=2
     )
     tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+    pairs = json.loads(tokenizer.to_str())["model"]["merges"]
+    return [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
 
 
-def _write_tokenizer(folder: Path, tokenizer: Tokenizer, shape: TinyShape) -> int:
+def _write_tokenizer(folder: Path, merges: Sequence[str], shape: TinyShape) -> int:
     """The files of a published `llm/` folder; returns how many rows the embedding table has, a multiple of 64."""
-    learned: dict[str, Any] = json.loads(tokenizer.to_str())["model"]
-    vocabulary: dict[str, int] = learned["vocab"]
-    pairs = [pair if isinstance(pair, str) else " ".join(pair) for pair in learned["merges"]]
+    joined = ["".join(pair.split(" ")) for pair in merges]
+    vocabulary = {token: i for i, token in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), *joined])}
     times = time_tokens(shape.time_tokens)
     added = {token: len(vocabulary) + i for i, token in enumerate([*SPECIAL_TOKENS, *times])}
     folder.mkdir(parents=True)
     write_json(folder / "vocab.json", vocabulary)
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{pair}\n" for pair in pairs), "utf-8")
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "".join(f"{pair}\n" for pair in merges), "utf-8")
     write_json(folder / "added_tokens.json", added)
     flags = {"lstrip": False, "normalized": False, "rstrip": False, "single_word": False}
     roles = {"bos_token": "[BOS]", "eos_token": "<|im_end|>", "pad_token": "[PAD]"}

@@ -246,6 +246,25 @@ def finetune_full() -> Recipe:
     )
 
 
+def finetuning(method: str, tower: str = "norms", *, tower_ratio: float = 10.0, lr: float | None = None) -> Recipe:
+    """`method`: lora, qlora or full, of the language model; `tower`: norms, full, lora or frozen, at a rate
+    `tower_ratio` times smaller than the language model's."""
+    recipe = {"lora": finetune_lora, "qlora": finetune_qlora, "full": finetune_full}[method]()
+    rate = lr or recipe.optim.lr
+    trained = tuple(part for part in recipe.trained if part != TOWER or tower in ("norms", "full"))
+    adapters = recipe.adapters
+    if tower == "lora":
+        adapters = replace(adapters or Adapters(on=()), on=(*(adapters.on if adapters else ()), TOWER))
+    return replace(
+        recipe,
+        name=f"finetune-{method}-tower-{tower}",
+        trained=trained,
+        adapters=adapters,
+        tower_norms_only=tower == "norms",
+        optim=replace(recipe.optim, lr=rate, tower_lr=rate / tower_ratio),
+    )
+
+
 # -- nvila-tiny -------------------------------------------------------------------------------------------------------
 
 TINY_SHARE = {"base": 0.30, "projector": 0.03, "vep": 0.07, "pretrain": 0.10, "image": 0.27, "video": 0.23}
@@ -410,3 +429,26 @@ def family(name: str, *, minutes: float | None = None) -> tuple[Recipe, ...]:
     if name != "nvila-tiny":
         raise InvalidRequest("only the stages of nvila-tiny are measured in time")
     return tuple(replace(r, duration=Duration(seconds=minutes * 60 * TINY_SHARE[r.stage])) for r in stages)
+
+
+def recipe_from(record: dict[str, Any]) -> Recipe:
+    """The recipe that a run's record holds (`Recipe.to_json`)."""
+
+    def tuples(fields: dict[str, Any]) -> dict[str, Any]:
+        return {key: _tupled(value) for key, value in fields.items()}
+
+    parts: dict[str, Any] = {
+        "optim": Optim(**tuples(record["optim"])),
+        "duration": Duration(**record["duration"]),
+        "batch": Batch(**record["batch"]),
+        "prepare": PrepareSettings(**tuples(record["prepare"])),
+        "precision": Precision(record["precision"]),
+        "kinds": tuple(MediaKind(kind) for kind in record["kinds"]),
+        "reshape": Reshape(**tuples(record["reshape"])) if record["reshape"] else None,
+        "adapters": Adapters(**tuples(record["adapters"])) if record["adapters"] else None,
+    }
+    return Recipe(**tuples(record) | parts)
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(map(_tupled, value)) if isinstance(value, list) else value

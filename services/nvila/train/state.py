@@ -84,10 +84,7 @@ def read_progress(state: Path) -> Progress:
 
 def restore_state(state: Path, model: nn.Module, optimizer: torch.optim.Optimizer, ranks: Ranks) -> None:
     """Put weights, moments and chance back. Raises `InvalidCheckpoint` for a state of another recipe."""
-    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    weights = Weights(state / WEIGHTS).take({name: tuple(p.shape) for name, p in learning.items()})
-    for name, tensor in weights.items():
-        fill(learning[name], tensor)
+    restore_weights(state, model)
     _make_moments(optimizer)
     saved = Weights(state / MOMENTS)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -99,6 +96,14 @@ def restore_state(state: Path, model: nn.Module, optimizer: torch.optim.Optimize
     torch.set_rng_state(chance.tensor("cpu").clone())
     if ranks.device.type == "cuda" and "cuda" in chance:
         torch.cuda.set_rng_state(chance.tensor("cuda").clone(), ranks.device)
+
+
+def restore_weights(state: Path, model: nn.Module) -> None:
+    """Only what was learned. Raises `InvalidCheckpoint` for a state of another recipe."""
+    learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    weights = Weights(state / WEIGHTS).take({name: tuple(p.shape) for name, p in learning.items()})
+    for name, tensor in weights.items():
+        fill(learning[name], tensor)
 
 
 def _make_moments(optimizer: torch.optim.Optimizer) -> None:

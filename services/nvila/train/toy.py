@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from nvila.train.samples import Sample, SampleMedia, ask
+from nvila.train.samples import Sample, SampleMedia, ask, text_of
 from nvila.types import MediaKind
 
 COLOURS = {
@@ -67,6 +67,12 @@ def make(number: int, seed: int, *, is_video: bool) -> Sample:
     return Sample(
         source="toy", index=number, task=task, messages=ask(question, answer, 1), media=(media,), answers=(answer,)
     )
+
+
+def texts(count: int = 200) -> Iterator[str]:
+    """What is asked and answered, for learning a vocabulary."""
+    for number in range(count):
+        yield from map(text_of, make(number, 0, is_video=number % 4 == 3).messages)
 
 
 def _picture(draw: np.random.Generator, colour: str, side: int = 112) -> np.ndarray[Any, np.dtype[np.uint8]]:
