@@ -15,7 +15,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -195,6 +195,12 @@ class Feed:
         def close() -> None:
             process.kill()
             process.wait()
+            while reader.is_alive():  # it may wait for room
+                with suppress(queue.Empty):
+                    ready.get(timeout=0.05)
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    pipe.close()
 
         self._closing.append(close)
         return _received(lane, process, ready)
@@ -231,6 +237,8 @@ def _read_all(stream: BinaryIO, ready: queue.Queue[Fed | None]) -> None:
     try:
         while (fed := _read(stream)) is not None:
             ready.put(fed)
+    except EOFError:
+        logger.warning("a feeding process ended in the middle of a sample")
     finally:
         ready.put(None)
 

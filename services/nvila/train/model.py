@@ -92,7 +92,7 @@ class TrainableNvila(nn.Module):
         self.config = checkpoint.config
         self.tower, self.projector, self.llm = tower, projector, llm
         self.llm.set_attn_implementation(PACKED)
-        tokenizer = checkpoint.tokenizer()
+        self.tokenizer = tokenizer = checkpoint.tokenizer()
         names = time_tokens(self.config.time_tokens, self.config.time_token_format)
         self.time_ids = tuple(tokenizer.id_of(name) for name in names)
         self.pad_fill = float(tokenizer.pad_id or 0)
@@ -116,6 +116,10 @@ class TrainableNvila(nn.Module):
     def part(self, module: Module) -> nn.Module:
         return {Module.TOWER: self.tower, Module.PROJECTOR: self.projector, Module.LLM: self.llm}[module]
 
+    @property
+    def device(self) -> torch.device:
+        return self.llm.device
+
     def choose(self, trained: Iterable[Module], *, recomputes: bool = False) -> None:
         """Train these modules and freeze the others. `recomputes`: gradient checkpointing, a third more arithmetic for
         much less memory."""
@@ -134,7 +138,7 @@ class TrainableNvila(nn.Module):
 
     def forward(self, row: Row) -> Tensor:
         """The summed loss over the row's targets; divide by how many there are in the whole step."""
-        values_TD = self._see(row)
+        values_TD = self.see(row)
         spliced = self._splice(row, values_TD)
         packed = pack(spliced, multiple_of=self.row_multiple, fill=self.pad_fill)
         hidden_1PD = self.llm.model(
@@ -149,7 +153,7 @@ class TrainableNvila(nn.Module):
         logits_nV = self.llm.lm_head(hidden_1PD[:, :-1][is_target_1P])
         return summed_loss(logits_nV.float(), next_1P[is_target_1P], self.time_ids, self.loss.time_std)
 
-    def _see(self, row: Row) -> Tensor:
+    def see(self, row: Row) -> Tensor:
         """Visual tokens of all media of the row, one after the other, (T, D).
 
         The tower is called once however many tiles there are, also for none: processes that share its weights have to
