@@ -74,6 +74,7 @@ def test_services_call_each_other_by_names_and_ports_that_exist() -> None:
         "cache": [6379],
         "collector": [4317, 4318],
         "jaeger": [4317],
+        "prometheus": [9090],
     }
     texts = [path.read_text() for path in (*LAYERS, *(ROOT / "deploy/observability").glob("*.yml"))]
     called = {found for text in texts for found in re.findall(r"\b([a-z]+):(\d{4,5})\b", text)}

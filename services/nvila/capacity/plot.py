@@ -232,4 +232,5 @@ class _Canvas:
         self.line(points, _tone(line), 1.6)
 
     def save(self, path: Path) -> None:
-        self._image.resize(self._size, Image.Resampling.LANCZOS).save(path, format="PNG", optimize=True)
+        small = self._image.resize(self._size, Image.Resampling.LANCZOS)
+        small.quantize(160, dither=Image.Dither.NONE).save(path, format="PNG", optimize=True)

@@ -88,6 +88,8 @@ class Size:
     cache_bytes: float
     pixel_bytes_per_s: float
     gateway_cores: int
+    of_shared: float
+    """Requests per second over those of as many GPUs that all take turns at both stages, one after the other."""
 
     @property
     def gpus(self) -> int:
@@ -116,7 +118,7 @@ def size_for_rate(each: Cost, rates: Throughput, requests_per_s: float, assumed:
         raise InvalidRequest(f"{requests_per_s} requests per second; a number above 0 is needed")
     vision = math.ceil(requests_per_s * each.vision_s / assumed.load_share - 1e-9)
     replicas = max(math.ceil(requests_per_s * each.decode_s / assumed.load_share - 1e-9), 1)
-    return _size(each, requests_per_s, vision, replicas * rates.gpus, False, assumed)
+    return _size(each, rates, requests_per_s, vision, replicas * rates.gpus, False, assumed)
 
 
 def size_for_gpus(each: Cost, rates: Throughput, gpus: int, assumed: Assumptions) -> Size:
@@ -127,7 +129,7 @@ def size_for_gpus(each: Cost, rates: Throughput, gpus: int, assumed: Assumptions
     needs_vision = each.vision_s > 0
     if gpus < rates.gpus + (1 if needs_vision else 0):
         rate = assumed.load_share / (each.vision_s + each.decode_s)
-        return _size(each, rate, gpus, gpus, True, assumed)
+        return _size(each, rates, rate, gpus, gpus, True, assumed)
 
     def rate_with(vision: int) -> float:
         by_decode = (gpus - vision) // rates.gpus / each.decode_s
@@ -138,10 +140,14 @@ def size_for_gpus(each: Cost, rates: Throughput, gpus: int, assumed: Assumptions
     around = range(math.floor(split) - rates.gpus, math.ceil(split) + rates.gpus + 1)
     best = max({min(max(one, least), most) for one in around}, key=lambda one: (rate_with(one), -one))
     decode = (gpus - best) // rates.gpus * rates.gpus
-    return _size(each, rate_with(best) * assumed.load_share, best, decode, False, assumed)
+    return _size(each, rates, rate_with(best) * assumed.load_share, best, decode, False, assumed)
 
 
-def _size(each: Cost, rate: float, vision: int, decode: int, is_shared: bool, assumed: Assumptions) -> Size:
+def _size(
+    each: Cost, rates: Throughput, rate: float, vision: int, decode: int, is_shared: bool, assumed: Assumptions
+) -> Size:
+    gpus = vision if is_shared else vision + decode
+    decode_gpus = 1 if is_shared else rates.gpus
     moved = rate * (each.put_bytes + each.get_bytes)
     kept = rate * each.put_bytes * assumed.ttl_s
     by_bandwidth = moved / (assumed.redis_bytes_per_s * REDIS_SHARE)
@@ -154,6 +160,7 @@ def _size(each: Cost, rate: float, vision: int, decode: int, is_shared: bool, as
         redis_bytes_per_s=moved,
         cache_bytes=kept,
         pixel_bytes_per_s=rate * each.pixel_bytes,
+        of_shared=rate / (gpus * assumed.load_share / (each.vision_s + each.decode_s * decode_gpus)),
         gateway_cores=max(1, math.ceil(rate * each.frames * DECODED_PER_SAMPLED / FRAMES_PER_CORE_S)),
     )
 
