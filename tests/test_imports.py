@@ -28,6 +28,8 @@ ALLOWED = {
     "nvila.vision.contract": set(),
     "nvila.vision.client": {"tritonclient"},
     "nvila.decode.client": set(),
+    "nvila.capacity.simulate": set(),
+    "nvila.capacity.sizing": set(),
     "nvila.gateway.pipeline": set(),
     "nvila.gateway.app": {"fastapi", "tritonclient", "rich"},  # httpx takes rich along where it is installed
 }
