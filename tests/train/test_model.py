@@ -11,15 +11,15 @@ import torch
 
 from nvila.model.checkpoint import Checkpoint
 from nvila.model.encoder import VisionEncoder
+from nvila.model.preprocess import pixel_values
+from nvila.model.prompt import splice
 from nvila.model.tiny import make_random_checkpoint
 from nvila.train.labels import label_answers
 from nvila.train.loss import next_token_loss
 from nvila.train.model import Module, Row, TrainableNvila, pixels
-from nvila.train.prepare import PrepareSettings, Prepared, prepare
+from nvila.train.prepare import Prepared, PrepareSettings, prepare
 from nvila.train.samples import Sample, SampleMedia, ask
 from nvila.train.toy import make
-from nvila.model.preprocess import pixel_values
-from nvila.model.prompt import splice
 from nvila.types import EncodeSettings, MediaKind, PromptMedia, TokenDtype, TokensRef
 
 torch.set_num_threads(1)

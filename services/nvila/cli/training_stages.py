@@ -33,7 +33,9 @@ def stages(add: Add) -> None:
 def _finetune(action: argparse.ArgumentParser) -> None:
     action.add_argument("--model", required=True, metavar="FOLDER|ID", help="the checkpoint to tune")
     action.add_argument("--method", choices=["lora", "qlora", "full"], default="lora", help="of the language model")
-    action.add_argument("--tower", choices=["norms", "full", "lora", "frozen"], default="norms", help="what of it learns")
+    action.add_argument(
+        "--tower", choices=["norms", "full", "lora", "frozen"], default="norms", help="what of it learns"
+    )
     action.add_argument("--tower-ratio", type=float, default=10.0, metavar="X", help="its rate is X times smaller (10)")
     action.add_argument("--lr", type=float, help="of the language model (default: the method's)")
     action.add_argument("--row-positions", type=int, metavar="N", help="longest packed row (default: the recipe's)")
@@ -45,7 +47,9 @@ def _prune(action: argparse.ArgumentParser) -> None:
     action.add_argument("--large", metavar="FOLDER|ID", help="needed for DeltaLoss")
     action.add_argument("--small", required=True, metavar="FOLDER|ID")
     action.add_argument("--data", required=True, metavar="MIXTURE", help="data sets, joined by +")
-    action.add_argument("--keep", type=float, default=0.5, metavar="X", help="share kept of every data set (%(default)s)")
+    action.add_argument(
+        "--keep", type=float, default=0.5, metavar="X", help="share kept of every data set (%(default)s)"
+    )
     action.add_argument(
         "--by", choices=["delta", "random", "cluster"], default="delta", help="DeltaLoss or a baseline (%(default)s)"
     )
@@ -68,7 +72,9 @@ def _ablate(action: argparse.ArgumentParser) -> None:
     action.add_argument("--from", dest="start", metavar="FOLDER", help="nvila-tiny after its base stage")
     action.add_argument("--out", required=True, type=Path, metavar="FOLDER")
     action.add_argument("--seconds", type=float, default=60, metavar="S", help="of training per stage (%(default)s)")
-    action.add_argument("--samples", type=int, default=100, metavar="N", help="held-out samples per family (%(default)s)")
+    action.add_argument(
+        "--samples", type=int, default=100, metavar="N", help="held-out samples per family (%(default)s)"
+    )
     action.add_argument("--toy", action="store_true", help="a few steps on a processor: proves that the command works")
     action.add_argument("--lanes", type=int, default=12, metavar="N", help="feeding processes (%(default)s)")
     action.add_argument("--stop-after", type=float, metavar="S", help="write a state and stop after S seconds")

@@ -32,11 +32,15 @@ def adapt(model: TrainableNvila, settings: Adapters) -> None:
 
     for side in settings.on:
         module = {LLM: model.llm, TOWER: model.tower}[side]
-        was_learning = {name for name, p in module.named_parameters() if p.requires_grad and Module(side) in model.trained}
+        was_learning = {
+            name for name, p in module.named_parameters() if p.requires_grad and Module(side) in model.trained
+        }
         module.requires_grad_(False)
         if side == LLM and settings.bits == 4:
             _store_in_4_bits(module)
-        names = sorted({n.rpartition(".")[2] for n, m in module.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"})
+        names = sorted(
+            {n.rpartition(".")[2] for n, m in module.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
+        )
         config = LoraConfig(
             r=settings.rank,
             lora_alpha=settings.alpha,

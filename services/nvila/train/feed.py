@@ -63,7 +63,7 @@ class Step:
 
 
 def open_source(data: str, *, lane: int, lanes: int, seed: int) -> SampleSource:
-    """`toy`, `toy:images`, `synthetic:<families>`, or a mixture of data sets as `train/data/mixture.py` reads it.
+    """`toy`, `toy:images`, `synthetic:<families>`, `listed:<kept.json>`, or a mixture of data sets as `train/data/mixture.py` reads it.
 
     Raises `InvalidRequest` or `NotFound`.
     """
@@ -75,6 +75,10 @@ def open_source(data: str, *, lane: int, lanes: int, seed: int) -> SampleSource:
         from nvila.train.synthetic import PREFIX, SyntheticSource, families
 
         return SyntheticSource(families(data.removeprefix(PREFIX)), lane=lane, lanes=lanes, seed=seed)
+    if data.startswith("listed:"):
+        from nvila.train.synthetic import ListedSource
+
+        return ListedSource(_read_kept(Path(data.removeprefix("listed:"))), lane=lane, lanes=lanes, seed=seed)
     if not data:
         raise InvalidRequest("the recipe names no data: say which with --data", param="data")
     from nvila.train.data.mixture import open_mixture
@@ -83,6 +87,15 @@ def open_source(data: str, *, lane: int, lanes: int, seed: int) -> SampleSource:
     folder, _, text = data.rpartition("::")
     mixture = open_mixture(text, Path(folder or "."))
     return SampleStream(mixture, seed=seed, rank=lane, ranks=lanes, threads=2)
+
+
+def _read_kept(path: Path) -> dict[str, list[int]]:
+    """`kept.json` of a pruning of generated data: numbers by family."""
+    try:
+        kept: dict[str, list[int]] = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        raise InvalidRequest(f"{path.name} is no list of kept samples: {error}", param="data") from error
+    return kept
 
 
 def feed_lane(

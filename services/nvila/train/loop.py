@@ -1,10 +1,10 @@
 """One stage: from a checkpoint and a recipe to a checkpoint, resumable at any moment.
 
-    out/<recipe>/run.json       the recipe, what it starts from, versions, commit: written before the first step
-                 metrics.jsonl  one line per step
-                 loss.png       redrawn with every state
-                 state/step-*   where to go on from (train/state.py)
-                 model/         the result in the published layout; when it is there, the stage is done
+out/<recipe>/run.json       the recipe, what it starts from, versions, commit: written before the first step
+             metrics.jsonl  one line per step
+             loss.png       redrawn with every state
+             state/step-*   where to go on from (train/state.py)
+             model/         the result in the published layout; when it is there, the stage is done
 """
 
 from __future__ import annotations
@@ -97,7 +97,9 @@ def train(
     run = _Run(model, optimizer, recipe, ranks, folder, progress)
     with (
         _stopping() as is_stopped,
-        Feed(recipe, start, lanes, {i: positions[i] for i in lanes if i in positions}, has_processes=has_processes) as feed,
+        Feed(
+            recipe, start, lanes, {i: positions[i] for i in lanes if i in positions}, has_processes=has_processes
+        ) as feed,
     ):
         run.epoch_samples = feed.samples
         for step in _ahead(feed):
@@ -237,7 +239,9 @@ class _Run:
         self._progress.lanes = lanes
         save_state(self._folder / "state", self._model, self._optimizer, self._progress, self._ranks)
         if self._ranks.is_first:
-            plot_losses({self._recipe.name: self._folder / "metrics.jsonl"}, self._folder / "loss.png", self._recipe.name)
+            plot_losses(
+                {self._recipe.name: self._folder / "metrics.jsonl"}, self._folder / "loss.png", self._recipe.name
+            )
         self._saved, self._saved_at = self._progress.step, time.monotonic()
         self._stepped_at = time.monotonic()
 
@@ -263,7 +267,7 @@ def _ahead(feed: Feed) -> Iterator[Step]:
                         continue
                 if is_over.is_set():
                     return
-        except BaseException as error:  # noqa: BLE001 - carried over to the thread that trains
+        except BaseException as error:
             ready.put(error)
 
     thread = threading.Thread(target=fill, daemon=True, name="feed")
@@ -413,7 +417,5 @@ def export_state(
     _prepare(model, replace(recipe, precision=Precision.FLOAT32))
     restore_weights(state, model)
     adapters.merge(model)
-    export_model(
-        model, checkpoint, target, dtype=DTYPES[dtype], style=LayoutStyle(style), shard_bytes=shard_bytes
-    )
+    export_model(model, checkpoint, target, dtype=DTYPES[dtype], style=LayoutStyle(style), shard_bytes=shard_bytes)
     return target

@@ -168,7 +168,9 @@ class TrainableNvila(nn.Module):
         for item in (item for sample in row.samples for item in sample.items):
             own_NTC = features_NTC[at : at + item.tiles]
             values.append(
-                visual_tokens(self.config, own_NTC, item.block_size, item.kind, self.config.pool_sizes, self.projector)[0]
+                visual_tokens(self.config, own_NTC, item.block_size, item.kind, self.config.pool_sizes, self.projector)[
+                    0
+                ]
             )
             at += item.tiles
         if values:

@@ -281,7 +281,8 @@ def _whole_tower(config: NvilaConfig) -> dict[str, Tensor]:
 def parameters(checkpoint: Checkpoint) -> dict[str, int]:
     """By part, as stored."""
     return {
-        part.value: sum(tensor.numel() for tensor in checkpoint.layout.weights(part).tensors().values()) for part in Part
+        part.value: sum(tensor.numel() for tensor in checkpoint.layout.weights(part).tensors().values())
+        for part in Part
     }
 
 

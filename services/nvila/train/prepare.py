@@ -108,9 +108,7 @@ def _tiles(
         group = config.temporal_group
         frames_FSS3 = media.look(-(-count // group) * group, config.tile_px)
         pieces = split_frames(config, frames_FSS3)
-        record = levels(
-            config, kind=media.kind, is_tiled=False, frames=len(frames_FSS3), pool_sizes=config.pool_sizes
-        )
+        record = levels(config, kind=media.kind, is_tiled=False, frames=len(frames_FSS3), pool_sizes=config.pool_sizes)
         is_tiled = False
     else:
         rgb_HWC = media.frames_FHWC[0]

@@ -109,7 +109,8 @@ def prune(
     limit: int | None = None,
     seed: int = 0,
 ) -> PruneReport:
-    """Score every data set of a mixture, choose, and write `out/<name>.json` and `out/scores-<name>.jsonl`."""
+    """Score every data set of a mixture, choose, and write `out/<name>.json` (what to leave out), `out/kept.json` (what
+    stays, by set) and `out/scores-<name>.jsonl`."""
     if not 0 < keep <= 1:
         raise InvalidRequest(f"a share of {keep} cannot be kept: more than 0, at most 1", param="keep")
     if by == "delta" and large is None:
@@ -117,15 +118,16 @@ def prune(
     device = Ranks.join().device
     models = {"small": _load(small, device)} | ({"large": _load(large, device)} if large and by == "delta" else {})
     pruned = []
+    kept_numbers: dict[str, list[int]] = {}
     for source in open_numbered(data):
         count = min(len(source), limit or len(source))
         if by == "random":
             usable = list(range(count))
             scores = np.random.Generator(np.random.PCG64(seed)).random(count)
-            chosen, deltas = top(scores, keep), {i: 0.0 for i in usable}
+            chosen, deltas = top(scores, keep), dict.fromkeys(usable, 0.0)
         elif by == "cluster":
             usable, seen = _look(models["small"], source, count)
-            chosen, deltas = [usable[i] for i in spread(seen, keep, seed)], {i: 0.0 for i in usable}
+            chosen, deltas = [usable[i] for i in spread(seen, keep, seed)], dict.fromkeys(usable, 0.0)
         else:
             scored = list(score(models["large"], models["small"], source, count))
             usable = [one.index for one in scored]
@@ -148,6 +150,8 @@ def prune(
                 leave_out=str(target),
             )
         )
+        kept_numbers[source.name] = sorted(kept)
+    write_json(out / "kept.json", kept_numbers)
     report = PruneReport(by=by, keep=keep, sets=tuple(pruned))
     write_json(out / "report.json", report.to_json())
     return report
@@ -206,9 +210,7 @@ def score(large: TrainableNvila, small: TrainableNvila, source: Numbered, count:
         )
 
 
-def _ready(
-    model: TrainableNvila, source: Numbered, count: int, first: int = 0
-) -> Iterator[tuple[int, str, Prepared]]:
+def _ready(model: TrainableNvila, source: Numbered, count: int, first: int = 0) -> Iterator[tuple[int, str, Prepared]]:
     settings = PrepareSettings(max_positions=model.config.max_positions, tiles_every_image=False, frames=(32,))
     for index in islice(range(count), first, None):
         try:
@@ -267,9 +269,7 @@ def _cluster(
     owner = np.zeros(len(points_ND), np.int64)
     for _ in range(rounds):
         owner = ((points_ND[:, None] - middles[None]) ** 2).sum(-1).argmin(1)
-        middles = np.stack(
-            [points_ND[owner == k].mean(0) if (owner == k).any() else middles[k] for k in range(count)]
-        )
+        middles = np.stack([points_ND[owner == k].mean(0) if (owner == k).any() else middles[k] for k in range(count)])
     return middles, owner
 
 

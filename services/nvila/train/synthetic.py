@@ -68,7 +68,37 @@ def families(text: str) -> tuple[tuple[str, float], ...]:
         match = _PART.fullmatch(part)
         names = groups.get(match[1], (match[1],)) if match else ()
         if match is None or any(name not in FAMILIES for name in names):
-            raise InvalidRequest(f"{part!r} is no task family; there are {', '.join([*groups, *FAMILIES])}", param="data")
+            raise InvalidRequest(
+                f"{part!r} is no task family; there are {', '.join([*groups, *FAMILIES])}", param="data"
+            )
         for name in names:
             weights[name] = weights.get(name, 0.0) + float(match[2] or 1) / len(names)
     return tuple(weights.items())
+
+
+class ListedSource:
+    """Generated samples by family and number, shuffled anew every epoch: what pruning kept (`train/prune.py`)."""
+
+    def __init__(self, kept: dict[str, list[int]], *, lane: int, lanes: int, seed: int, data_seed: int = 0) -> None:
+        self._kept = [(family, index) for family, indices in kept.items() for index in indices]
+        if not self._kept:
+            raise InvalidRequest("the list of kept samples is empty", param="data")
+        self._lane, self._lanes, self._seed, self._data_seed = lane, lanes, seed, data_seed
+        self._next = 0
+
+    def __len__(self) -> int:
+        return -(-len(self._kept) // self._lanes)
+
+    def __iter__(self) -> Iterator[Sample]:
+        while True:
+            epoch, place = divmod(self._lane + self._lanes * self._next, len(self._kept))
+            self._next += 1
+            order = np.random.Generator(np.random.PCG64([self._seed, epoch])).permutation(len(self._kept))
+            family, index = self._kept[int(order[place])]
+            yield make_sample(family, Split.TRAIN, self._data_seed, index)
+
+    def state(self) -> dict[str, Any]:
+        return {"next": self._next}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        self._next = int(state["next"])

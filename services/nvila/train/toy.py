@@ -29,7 +29,9 @@ FRAMES = 8
 class ToySource:
     """Sample number `lane + lanes · i` of an endless set; every number makes the same sample everywhere."""
 
-    def __init__(self, *, lane: int = 0, lanes: int = 1, seed: int = 0, epoch: int = 4096, has_video: bool = True) -> None:
+    def __init__(
+        self, *, lane: int = 0, lanes: int = 1, seed: int = 0, epoch: int = 4096, has_video: bool = True
+    ) -> None:
         self._lane, self._lanes, self._seed, self._epoch, self._has_video = lane, lanes, seed, epoch, has_video
         self._next = 0
 
@@ -59,9 +61,7 @@ def make(number: int, seed: int, *, is_video: bool) -> Sample:
     else:
         shown = [_picture(draw, NAMES[first if f < FRAMES // 2 else second]) for f in range(FRAMES)]
         times = tuple(float(f) for f in range(FRAMES))
-        media = SampleMedia(
-            kind=MediaKind.VIDEO, frames_FHWC=np.stack(shown), times_s=times, duration_s=float(FRAMES)
-        )
+        media = SampleMedia(kind=MediaKind.VIDEO, frames_FHWC=np.stack(shown), times_s=times, duration_s=float(FRAMES))
         question, task = "Which colour comes first?", "toy.first"
     answer = NAMES[first]
     return Sample(

@@ -1,0 +1,51 @@
+"""Two processes that share one model do what one process does."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nvila.errors import InvalidRequest
+from nvila.train.distributed import Ranks
+from nvila.train.plot import read_metrics
+
+
+def run(out: Path, *launcher: str) -> list[dict[str, float]]:
+    program = [*launcher, "-m", "nvila.cli.main", "train", "recipe", "nvila-tiny-image", "--from", str(out / "random")]
+    options = ["--out", str(out), "--data", "toy", "--steps", "3", "--lanes", "2", "--in-process"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run(
+        [sys.executable, *program, *options, "--precision", "float32", "--device", "cpu"],
+        check=True,
+        capture_output=True,
+        env=environment,
+    )
+    return read_metrics(out / "nvila-tiny-image" / "metrics.jsonl")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    from nvila.train.nvila_tiny import TOY, learn_merges, make_base
+    from nvila.train.toy import texts
+
+    for folder in ("one", "two"):
+        make_base(tmp_path / folder / "random", TOY, learn_merges(texts(), 300))
+    alone = run(tmp_path / "one")
+    together = run(tmp_path / "two", "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0")
+
+    for one, two in zip(alone, together, strict=True):
+        assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
+        assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
+        assert two["samples"] == one["samples"]
+    assert (tmp_path / "two" / "nvila-tiny-image" / "model" / "config.json").exists()
+
+
+def test_lanes_are_dealt_evenly_or_not_at_all() -> None:
+    assert Ranks(rank=1, world=2).lanes(6) == [1, 3, 5]
+    with pytest.raises(InvalidRequest, match="5 lanes cannot be dealt to 2"):
+        Ranks(rank=0, world=2).lanes(5)
