@@ -8,6 +8,7 @@ from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
 
+from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from nvila.cli import show
@@ -24,6 +25,7 @@ from nvila.train.samples import Sample
 _SERVED_TIME_TOKENS = 100
 _LOSS_EXIT = 1
 _BASELINE_SAMPLES = 4000
+_PLAIN_WIDTH = 140
 
 
 def run(args: argparse.Namespace) -> int:
@@ -143,9 +145,10 @@ def _compare(args: argparse.Namespace) -> int:
 
 def print_table(table: object) -> None:
     """A result: on stdout."""
-    from rich.console import Console
-
-    Console(highlight=False).print(table)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = _PLAIN_WIDTH
+    console.print(table)
 
 
 def _bar() -> Progress:

@@ -7,6 +7,7 @@ published figures of most models were made with: a short instruction after the q
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import string
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,7 +51,7 @@ class BenchmarkSource:
         self._reading = reading or VideoReading()
         try:
             self._entries = tuple(READERS[name](folder))
-        except (KeyError, TypeError, AttributeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
             raise InvalidRequest(f"{folder} does not hold {name} as it is published: {error!r}") from None
         if not self._entries:
             raise NotFound(f"{folder} holds no question of {name}")
@@ -131,10 +132,10 @@ def _textvqa(folder: Path) -> Iterator[Entry]:
 
 def _mmmu(folder: Path) -> Iterator[Entry]:
     """Parquet files per subject, `<Subject>/validation-*.parquet`, with pictures inside."""
-    for path, row in _rows(folder, "validation-*.parquet", "dev-*.parquet"):
+    for path, row in _rows(folder, "validation", "dev"):
         options = ast.literal_eval(row["options"]) if isinstance(row["options"], str) else list(row["options"])
         pictures = [row.get(f"image_{number}") for number in range(1, 8)]
-        media = tuple(picture["bytes"] for picture in pictures if picture)
+        media = tuple(picture.get("bytes") or path.parent / picture["path"] for picture in pictures if picture)
         question = row["question"]
         for number in range(1, 8):
             question = question.replace(f"<image {number}>", f"image {number}")
@@ -153,7 +154,7 @@ def _mmmu(folder: Path) -> Iterator[Entry]:
 
 def _video_mme(folder: Path) -> Iterator[Entry]:
     """`videomme/test-*.parquet`, videos in `data/` (or `videos/`) by `videoID`."""
-    for path, row in _rows(folder, "test-*.parquet"):
+    for path, row in _rows(folder, "test"):
         options = [str(option).partition(". ")[2] or str(option) for option in row["options"]]
         name = f"{row['videoID']}.mp4"
         places = [folder / place / name for place in ("data", "videos", ".")]
@@ -205,12 +206,19 @@ def _first(folder: Path, *patterns: str) -> list[Path]:
     raise NotFound(f"{folder} has no file {patterns[0]}")
 
 
-def _rows(folder: Path, *patterns: str) -> Iterator[tuple[Path, dict[str, Any]]]:
-    try:
-        from pyarrow import parquet  # type: ignore[import-untyped]  # it has no stubs
-    except ImportError:
-        raise Unavailable("reading parquet files needs pyarrow: pip install pyarrow") from None
-    for path in _first(folder, *(f"**/{pattern}" for pattern in patterns)):
+def _rows(folder: Path, *splits: str) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Rows of `SPLIT-*.parquet`, wherever under the folder; or of `SPLIT-*.jsonl` with the same fields, in which a
+    picture is {"path": …} beside the file. Parquet needs pyarrow, which the serving environment does not have.
+    """
+    for path in _first(folder, *(f"**/{split}-*.{ending}" for ending in ("parquet", "jsonl") for split in splits)):
+        if path.suffix == ".jsonl":
+            for line in path.read_text("utf-8").splitlines():
+                yield path, json.loads(line)
+            continue
+        try:
+            parquet = importlib.import_module("pyarrow.parquet")
+        except ImportError:
+            raise Unavailable("reading parquet files needs pyarrow: pip install pyarrow") from None
         for batch in parquet.ParquetFile(path).iter_batches(batch_size=64):
             for row in batch.to_pylist():
                 yield path, row

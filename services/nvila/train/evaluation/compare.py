@@ -75,7 +75,7 @@ def table(title: str, differences: Sequence[Difference]) -> Table:
             f"{one.samples:,}",
             f"{100 * one.a:.1f}",
             f"{100 * one.b:.1f}",
-            f"{-100 * one.loss:+.1f}",
+            f"{100 * (one.b - one.a):+.1f}",
             f"{100 * one.agreement:.1f} %",
             str(one.only_a),
             str(one.only_b),

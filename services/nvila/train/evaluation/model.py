@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, Qwen2ForCausalLM
+from transformers.utils.logging import disable_progress_bar
 
 from nvila.errors import InvalidRequest, LimitExceeded
 from nvila.model.checkpoint import Checkpoint
@@ -62,6 +63,7 @@ class ModelAnswerer:
         """On a GPU in bfloat16 where there is one, else in float32. Raises `InvalidCheckpoint`."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
         dtype = dtype or (torch.bfloat16 if device.startswith("cuda") else torch.float32)
+        disable_progress_bar()  # transformers draws one per weight file
         checkpoint = Checkpoint.open(path)
         encoder = VisionEncoder.from_checkpoint(checkpoint, device, dtype)
         llm = Qwen2ForCausalLM.from_pretrained(checkpoint.llm_path, dtype=dtype, local_files_only=True)

@@ -34,7 +34,7 @@ class Score:
 
 
 def scores(answers: Sequence[Answer]) -> list[Score]:
-    """Per task, then per family (its tasks' answers together), then over all. Each in the order of first appearance."""
+    """Per task, per family (its tasks' answers together), of what is drawn with held-out fonts or layouts, over all."""
     groups: defaultdict[str, list[Answer]] = defaultdict(list)
     for answer in answers:
         groups[answer.task].append(answer)
@@ -45,7 +45,7 @@ def scores(answers: Sequence[Answer]) -> list[Score]:
     found += [_score(name, group) for name, group in families.items()]
     held_out = [answer for answer in answers if answer.slice]
     if held_out:
-        found.append(_score("held-out fonts and layouts", held_out))
+        found.append(_score("held out", held_out))
     if len(families) > 1:
         found.append(_score("all", answers))
     return found
@@ -92,7 +92,7 @@ def table(title: str, answers: Sequence[Answer]) -> Table:
         is_whole = "." not in score.name
         found.add_row(
             score.name,
-            score.metric,
+            score.metric if "/" not in score.metric else "mixed",
             f"{score.samples:,}",
             f"{100 * score.mean:.1f}",
             f"{100 * score.low:.1f}–{100 * score.high:.1f}",
