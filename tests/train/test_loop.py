@@ -93,7 +93,7 @@ def test_another_recipe_in_the_same_folder_is_refused(base: Path, tmp_path: Path
 def test_feeding_processes_give_the_batches_of_feeding_here(base: Path) -> None:
     recipe = short()
     with Feed(recipe, base, [0, 1], has_processes=True) as apart, Feed(recipe, base, [0, 1]) as here:
-        for one, two, _ in zip(apart.steps(), here.steps(), range(2)):
+        for one, two, _ in zip(apart.steps(), here.steps(), range(2), strict=False):
             assert [[s.source for s in row] for row in one.rows] == [[s.source for s in row] for row in two.rows]
             assert one.states == two.states
             assert (one.rows[0][0].tiles_NSS3 == two.rows[0][0].tiles_NSS3).all()

@@ -79,7 +79,8 @@ def _without_copies(root: dict[str, Any]) -> dict[str, Any]:
 
 
 def reshape_checkpoint(source: Checkpoint, target: Path, change: Reshape) -> Path:
-    """The same tower and language model with a fresh projector, and other words about images and videos."""
+    """The same tower and language model with other words about images and videos; the projector is a fresh one where it
+    is named or takes other channels."""
     layout = source.layout
     root: dict[str, Any] = _without_copies(dict(layout.root))
     if change.image_mode is not None:
@@ -113,13 +114,14 @@ def reshape_checkpoint(source: Checkpoint, target: Path, change: Reshape) -> Pat
         processor=described.processor,
         encode=source.tokenizer().encode_markup,
     )
+    is_fresh = change.projector is not None or config.projector_width != source.config.projector_width
     with torch.random.fork_rng():
         torch.manual_seed(change.seed)
         fresh = Projector.of(config)
     weights = {
         Part.LLM: layout.weights(Part.LLM).tensors(),
         Part.TOWER: layout.weights(Part.TOWER).tensors(),
-        Part.PROJECTOR: dict(fresh.state_dict()),
+        Part.PROJECTOR: dict(fresh.state_dict()) if is_fresh else source.projector_weights(),
     }
     if config.tile_px != source.config.tile_px:
         raise InvalidRequest(f"tiles of {config.tile_px} px need another position table than {POSITIONS}'s")

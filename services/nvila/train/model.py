@@ -200,7 +200,7 @@ class TrainableNvila(nn.Module):
 
 
 def pixels(tiles_NSS3: Tensor) -> Tensor:
-    """`model.preprocess.pixel_values` on the tiles' own device: uint8 to (N, 3, S, S) float32 holding float16 values."""
+    """`model.preprocess.pixel_values` on the tiles' own device: uint8 to (N, 3, S, S) float32 of float16 values."""
     levels = torch.from_numpy(_LEVELS).to(tiles_NSS3.device)
     return levels[tiles_NSS3.permute(0, 3, 1, 2).contiguous().int()]
 

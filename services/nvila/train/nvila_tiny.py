@@ -1,8 +1,8 @@
 """nvila-tiny before it has learned anything: its shape, its words, its first weights; and what it costs to train.
 
-The whole path in at most 40 MB: a SigLIP-shape tower, the projector of NVILA-8B, a Qwen2-shape language model with heads
-of 64 (which vLLM's CPU attention has), and a byte-level BPE vocabulary learned from the texts of the generated tasks, with
-100 time tokens in it.
+The whole path in at most 40 MB: a SigLIP-shape tower, the projector of NVILA-8B, a Qwen2-shape language model with
+heads of 64 (which vLLM's CPU attention has), and a byte-level BPE vocabulary learned from the texts of the generated
+tasks, with 100 time tokens in it.
 """
 
 from __future__ import annotations

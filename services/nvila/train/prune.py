@@ -1,8 +1,8 @@
 """Data-set pruning: keep what a large model finds easier than a small one (DeltaLoss, NVILA-SPEC §8.2).
 
 score(x) = log p_large(answer) − log p_small(answer), summed over the answer's tokens, so loss of the small model minus
-loss of the large one. What both find easy teaches nothing, what both find hard may be noise; the top share of every data
-set is kept. Two baselines: chance, and evenly from clusters of what the small model sees.
+loss of the large one. What both find easy teaches nothing, what both find hard may be noise; the top share of every
+data set is kept. Two baselines: chance, and evenly from clusters of what the small model sees.
 
 The result is, for each data set, the sample numbers to leave out, as `train/data/mixture.py` takes them: `name@FILE`.
 """

@@ -32,8 +32,8 @@ class Precision(StrEnum):
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW. `projector_lr`, `tower_lr`: instead of `lr` for those modules. `warmup`: share of the run. `clip_norm`: 0
-    for none. `states`: `float32`, `8bit` or `fp8` moments (torchao). Biases and norms never decay."""
+    """AdamW. `projector_lr`, `tower_lr`: instead of `lr` for those modules. `warmup`: share of the run. `clip_norm`:
+    0 for none. `states`: `float32`, `8bit` or `fp8` moments (torchao). Biases and norms never decay."""
 
     lr: float
     projector_lr: float | None = None
@@ -47,7 +47,7 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Duration:
-    """How long a stage is: exactly one of steps, epochs of its data, and seconds of training (resumed time counts on)."""
+    """How long a stage is: exactly one of steps, epochs of its data, seconds of training (resumed time counts on)."""
 
     steps: int = 0
     epochs: float = 0.0
