@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from nvila.cli.client import Ask, Media, Report
 from nvila.cli.local import answer_here
@@ -13,6 +14,7 @@ from nvila.errors import InvalidMedia
 from nvila.model.tiny import make_random_checkpoint
 from nvila.types import MediaKind
 from tests.clips import BIKES
+from tests.model.conftest import make_static_s2, picture
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +52,22 @@ def test_the_same_question_has_the_same_answer(model: Path) -> None:
     once, again = (list(answer_here(ask(BIKES), model))[:-1] for _ in range(2))
 
     assert once == again
+
+
+def test_a_model_with_static_s2_answers_from_a_picture_and_a_video(tmp_path: Path) -> None:
+    folder = make_static_s2(tmp_path / "static")
+    Image.fromarray(picture(150, 90)[0]).save(tmp_path / "picture.png")
+    media = [Media(kind=MediaKind.IMAGE, path=tmp_path / "picture.png"), Media(kind=MediaKind.VIDEO, path=BIKES)]
+    asked = Ask(media=media, question="What happens?", num_frames=8, max_tokens=8, timeout_s=120)
+
+    *_, report = answer_here(asked, folder)
+
+    assert isinstance(report, Report)
+    image, video = report.coverage["media"]
+    # Merged to the first scale: 4×4 patches of a picture become 2×2 tokens, each block followed by a newline.
+    assert (image["tiles"], image["tokens"]) == (1, 5)
+    assert (video["tiles"], video["tokens"], video["frames_encoded"]) == (8, 8 * 5, 8)
+    assert report.usage["completion_tokens"] > 0
 
 
 def test_what_is_no_video_is_refused(model: Path, tmp_path: Path) -> None:

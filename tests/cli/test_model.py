@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from nvila.cli.main import main
 from nvila.model.layouts import LayoutStyle, read_layout
 from nvila.model.save import convert_checkpoint
+from tests.model.conftest import make_static_s2
 
 GOLDEN = Path(__file__).parents[1] / "data" / "golden"
 S2, LITE, VIDEO = (GOLDEN / "e2e" / f"nvila-tiny-{name}" for name in ("s2", "lite", "video"))
@@ -58,6 +59,27 @@ def test_memory_of_8_and_4_bits_counts_scales() -> None:
     assert weight_bytes(square, "w4") == 3584 * 3584 // 2 + 3584 * 28 * 4
     assert weight_bytes(square, "int8") == 3584 * 3584 + 3584 * 2
     assert weight_bytes({"model.embed_tokens.weight": (10, 4)}, "w4") == 80
+
+
+def test_a_model_with_static_s2_is_inspected_converted_and_verified(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    folder = make_static_s2(tmp_path / "static")
+    status, out = run(capsys, "inspect", folder)
+    assert status == 0
+    assert "scales 56/112/168 in 56 px squares (static S2)" in " ".join(out.split())
+
+    status, said = run_json(capsys, "inspect", folder)
+    assert {tuple(image["cost"][key] for key in ("tiles", "tokens", "positions")) for image in said["images"]} == {
+        (1, 4, 5)
+    }
+    assert [(video["frames"], video["cost"]["tokens"]) for video in said["videos"]][-1] == (256, 1024)
+
+    for copy, style in (("flat", "hf"), ("back", "vila")):
+        assert run(capsys, "convert", folder, tmp_path / copy, "--to", style)[0] == 0
+        status, said = run_json(capsys, "verify", tmp_path / copy)
+        assert (status, said["ok"], len(said["findings"])) == (0, True, 5)
+        folder = tmp_path / copy
 
 
 @pytest.mark.parametrize("path", [S2, LITE, VIDEO], ids=lambda path: path.name)

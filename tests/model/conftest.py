@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -42,3 +45,12 @@ def picture(width: int, height: int, seed: int = 1) -> NDArray[np.uint8]:
 def clip(frames: int, side: int, seed: int = 1) -> NDArray[np.uint8]:
     """(frames, side, side, 3)."""
     return np.concatenate([picture(side, side, seed + i) for i in range(frames)])
+
+
+def make_static_s2(folder: Path, **keys: Any) -> Path:
+    """`nvila-tiny-s2` as a model with static S2: the same weights and scales (56, 112 and 168 px), other words."""
+    shutil.copytree(GOLDEN / "e2e" / "nvila-tiny-s2", folder)
+    config = folder / "config.json"
+    words = {"s2": True, "dynamic_s2": False, "image_aspect_ratio": "resize", "s2_resize_output_to_scale_idx": 0}
+    config.write_text(json.dumps(json.loads(config.read_text()) | words | keys))
+    return folder

@@ -159,6 +159,7 @@ def test_weights_that_do_not_fit_are_named(
         VisionEncoder.load(folder)
 
 
+STATIC_S2 = {"s2": True, "dynamic_s2": False, "image_aspect_ratio": "resize"}
 SETTINGS = [
     ("config.json", {"model_type": "llama"}, "model_type 'llama'"),
     ("config.json", {"mm_vision_select_layer": None}, "no 'mm_vision_select_layer'"),
@@ -167,6 +168,11 @@ SETTINGS = [
     ("config.json", {"image_aspect_ratio": "anyres"}, "known: resize, pad, dynamic"),
     ("config.json", {"s2_scales": "112,200"}, "ascend in multiples"),
     ("config.json", {"dynamic_s2": False}, "they disagree"),
+    ("config.json", STATIC_S2 | {"s2_max_split_size": 336}, "336 does not cut the scale of 224 px"),
+    ("config.json", STATIC_S2 | {"s2_max_split_size": 0}, "s2_max_split_size 0 does not cut"),
+    ("config.json", STATIC_S2 | {"s2_scales": "112,280"}, "112 does not cut the scale of 280 px"),
+    ("config.json", STATIC_S2 | {"s2_resize_output_to_scale_idx": 3}, "is 3 of 3 scales"),
+    ("config.json", STATIC_S2 | {"vision_resolution": 224}, "not supported with static S2"),
     ("config.json", {"video_encoder": '{"_target_": "os.system"}'}, "video_encoder is 'system'"),
     ("config.json", {"video_encoder": {"_target_": "x.TSPVideoEncoder"}}, "without pool_sizes"),
     ("mm_projector/config.json", {"mm_projector_type": "mlp_magic"}, "unknown mm_projector_type 'mlp_magic'"),

@@ -66,6 +66,8 @@ def _about(checkpoint: Checkpoint) -> Table:
     config, tokenizer = checkpoint.config, checkpoint.tokenizer()
     tower, llm = config.tower, config.llm
     scales = f", scales {'/'.join(map(str, config.s2_scales))}" if config.s2_scales else ""
+    if config.is_static_s2:
+        scales += f" in {config.tower_px} px squares (static S2)"
     pools = " + ".join("×".join(map(str, pool)) for pool in config.pool_sizes)
     tied = "tied head" if llm.is_tied else "own head"
     about = {
@@ -74,7 +76,7 @@ def _about(checkpoint: Checkpoint) -> Table:
         "videos": f"{config.default_frames} frames by default, {config.max_frames} at most, pooled {pools}",
         "tower": f"SigLIP, {tower.blocks} of {tower.layers} blocks, width {tower.width}, {tower.heads} heads",
         "projector": f"{config.projector_type}, {config.projector_width} → {config.llm_width}, "
-        f"{config.grid}×{config.grid} → {config.side}×{config.side} tokens",
+        f"{config.map_grid}×{config.map_grid} → {config.side}×{config.side} tokens",
         "language model": f"Qwen2, {llm.layers} blocks, width {llm.width}, {llm.heads} heads on {llm.kv_heads}, "
         f"{tied}, {llm.max_positions:,} positions",
         "tokens": f"{llm.vocab:,} rows, {tokenizer.size:,} in the tokenizer, image {tokenizer.image_id}, "

@@ -126,7 +126,7 @@ class Checkpoint:
             unused=[*skipped, *(TOWER_PREFIX + name for name in UNUSED_IN_TOWER)],
         )
         weights = {name.removeprefix(TOWER_PREFIX): tensor for name, tensor in taken.items()}
-        if config.tile_px != config.tower.image_px:
+        if config.tower_px != config.tower.image_px:
             weights[POSITIONS] = resize_positions(weights[POSITIONS], config.grid**2)
         return weights
 

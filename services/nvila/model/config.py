@@ -128,8 +128,10 @@ class Wrap:
 class NvilaConfig:
     """One model.
 
-    `tile_px`: side of a tile. `s2_scales`: ascending multiples of it, only for `dynamic_s2`; `s2_merge_index`: the
-    scale to whose size all are brought. `projector_width`: channels that enter the projector (tower width × scales).
+    `tile_px`: side of a tile. `s2_scales`: ascending; with `dynamic_s2` multiples of the tile, and with any other image
+    mode static S2: a tile is a picture of the last scale, which the tower sees at every scale, cut into squares.
+    `s2_merge_index`: the scale to whose size all are brought. `projector_width`: channels that enter the projector
+    (tower width × scales).
     `pool_sizes`: (frames, rows, columns) per level; ((1, 1, 1),) is the basic video encoder. `default_frames`: sampled
     when a request does not say.
     """
@@ -154,9 +156,9 @@ class NvilaConfig:
     time_token_format: str = "<t{t}>"
 
     def __post_init__(self) -> None:
-        if self.tile_px % self.tower.patch_px:
-            raise InvalidCheckpoint(f"tiles of {self.tile_px} px are not whole patches of {self.tower.patch_px} px")
-        if self.image_mode is ImageMode.DYNAMIC_S2:
+        if self.tower_px % self.tower.patch_px:
+            raise InvalidCheckpoint(f"tiles of {self.tower_px} px are not whole patches of {self.tower.patch_px} px")
+        if self.image_mode is ImageMode.DYNAMIC_S2 or self.is_static_s2:
             self._check_scales()
         if self.projector_width != self.tower.width * self.scales:
             raise InvalidCheckpoint(
@@ -169,19 +171,40 @@ class NvilaConfig:
 
     def _check_scales(self) -> None:
         scales = self.s2_scales
-        if not scales or list(scales) != sorted(set(scales)) or any(s % scales[0] for s in scales):
-            raise InvalidCheckpoint(f"s2_scales must ascend in multiples of the first, not {scales}")
-        if scales[0] != self.tile_px:
-            raise InvalidCheckpoint(f"the first of s2_scales is {scales[0]}, the tile {self.tile_px} px")
+        if not scales or list(scales) != sorted(set(scales)):
+            raise InvalidCheckpoint(f"s2_scales must ascend, not {scales}")
+        if self.is_static_s2:
+            if scales[-1] != self.tile_px or any(scale % self.tower_px for scale in scales):
+                raise InvalidCheckpoint(
+                    f"s2_scales {scales} are not multiples of the tower's {self.tower_px} px up to the picture's "
+                    f"{self.tile_px} px"
+                )
+        elif scales[0] != self.tile_px or any(scale % scales[0] for scale in scales):
+            raise InvalidCheckpoint(f"s2_scales must ascend in multiples of the tile, {self.tile_px} px, not {scales}")
         if not -len(scales) <= self.s2_merge_index < len(scales):
             raise InvalidCheckpoint(f"s2_resize_output_to_scale_idx is {self.s2_merge_index} of {len(scales)} scales")
 
     # -- sizes ------------------------------------------------------------------------------------------------------
 
     @property
+    def is_static_s2(self) -> bool:
+        """Every tile is seen at several scales (`model/static_s2.py`)."""
+        return bool(self.s2_scales) and self.image_mode is not ImageMode.DYNAMIC_S2
+
+    @property
     def scales(self) -> int:
         """How many scales are joined along the channels: 1 without S2."""
-        return len(self.s2_scales) if self.image_mode is ImageMode.DYNAMIC_S2 else 1
+        return max(1, len(self.s2_scales))
+
+    @property
+    def tower_px(self) -> int:
+        """Side of what the tower sees: a tile, or with static S2 one of the squares that a tile becomes."""
+        return self.tower.image_px if self.is_static_s2 else self.tile_px
+
+    @property
+    def squares(self) -> int:
+        """How many times the tower looks at a tile: once, or with static S2 at every square of every scale."""
+        return sum((scale // self.tower_px) ** 2 for scale in self.s2_scales) if self.is_static_s2 else 1
 
     @property
     def can_tile(self) -> bool:
@@ -190,8 +213,13 @@ class NvilaConfig:
 
     @property
     def grid(self) -> int:
-        """Patches per tile side."""
-        return self.tile_px // self.tower.patch_px
+        """Patches per side of what the tower sees."""
+        return self.tower_px // self.tower.patch_px
+
+    @property
+    def map_grid(self) -> int:
+        """Patches per side of what the projector sees: a tile's, or with static S2 those of the scale merged to."""
+        return self.grid * (self.s2_scales[self.s2_merge_index] // self.tower_px if self.is_static_s2 else 1)
 
     @property
     def downsample(self) -> int:
@@ -207,7 +235,7 @@ class NvilaConfig:
     @property
     def side(self) -> int:
         """Visual tokens per tile side, before pooling; a short last block is padded."""
-        return -(-self.grid // self.downsample)
+        return -(-self.map_grid // self.downsample)
 
     @property
     def temporal_group(self) -> int:

@@ -115,7 +115,7 @@ def positions(config: NvilaConfig, *, kind: MediaKind, is_tiled: bool, levels: S
 def tower_tiles(
     config: NvilaConfig, *, kind: MediaKind, is_tiled: bool, width_px: int = 0, height_px: int = 0, frames: int = 1
 ) -> int:
-    """Tiles that the tower computes for a picture or a run of frames."""
+    """Tiles that the tower computes for a picture or a run of frames (static S2: each as `config.squares` squares)."""
     if kind is MediaKind.VIDEO:
         return frames
     if not (is_tiled and config.can_tile):
@@ -133,17 +133,18 @@ def record_bytes(levels: Iterable[Level], width: int, dtype: TokenDtype) -> int:
 
 
 def tower_flops(config: NvilaConfig, tiles: int) -> float:
-    """Floating-point operations (a multiply-add is two) of the tower's matrix products for `tiles` tiles."""
+    """Floating-point operations (a multiply-add is two) of the tower's matrix products for `tiles` tiles, with static
+    S2 for all their squares."""
     tower, patches = config.tower, config.grid**2
     embed = 2 * patches * tower.width * 3 * tower.patch_px**2
     projections = 2 * patches * (4 * tower.width**2 + 2 * tower.width * tower.mlp_width)
     attention = 4 * patches**2 * tower.width
-    return float(tiles * (embed + tower.blocks * (projections + attention)))
+    return float(tiles * config.squares * (embed + tower.blocks * (projections + attention)))
 
 
 def projector_flops(config: NvilaConfig, tiles: int) -> float:
     """Floating-point operations of the projector's matrix products for `tiles` tiles, learned compression included."""
-    tokens_in, tokens_out = config.grid**2, config.side**2
+    tokens_in, tokens_out = config.map_grid**2, config.side**2
     chain = projector_widths(config.projector_type, config.projector_width, config.llm_width)
     linear = 2 * tokens_out * sum(before * after for before, after in pairwise(chain))
     return float(tiles * (linear + compressor_flops(config, tokens_in, tokens_out)))

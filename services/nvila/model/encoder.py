@@ -26,6 +26,7 @@ from nvila.model.mapped import compute_in
 from nvila.model.preprocess import pixel_values, split_frames, split_image
 from nvila.model.projector import Projector
 from nvila.model.siglip import Tower
+from nvila.model.static_s2 import static_s2_features
 from nvila.types import EncodeSettings, Level, MediaKind
 
 TOWER_TILES = 16
@@ -36,7 +37,8 @@ TOWER_TILES = 16
 class Prepared:
     """One picture or run of frames, ready for the tower.
 
-    `pixels_N3SS`: float32 holding float16 values. `block_size`: (rows, columns) of a tiled Dynamic-S2 image.
+    `pixels_N3SS`: float32 holding float16 values; float16 for static S2, which resizes them further and, as the
+    reference does, rounds what it gets to their dtype. `block_size`: (rows, columns) of a tiled Dynamic-S2 image.
     """
 
     pixels_N3SS: Tensor
@@ -72,7 +74,7 @@ class VisionEncoder:
     ) -> VisionEncoder:
         config = checkpoint.config
         with torch.device("meta"):
-            tower = Tower(config.tower, config.tile_px)
+            tower = Tower(config.tower, config.tower_px)
             projector = Projector.of(config)
         tower.load(checkpoint.tower_weights())
         projector.load_state_dict(checkpoint.projector_weights(), strict=True, assign=True)
@@ -94,13 +96,14 @@ class VisionEncoder:
         else:
             raise InvalidRequest(f"an image is one frame, not {len(frames_FHWC)}")
         pixels = torch.from_numpy(pixel_values(tiled.tiles_NHWC))
-        return Prepared(pixels_N3SS=pixels, block_size=tiled.block_size)
+        return Prepared(pixels_N3SS=pixels.half() if self.config.is_static_s2 else pixels, block_size=tiled.block_size)
 
     @torch.inference_mode()
     def tower(self, pixels_N3SS: Tensor) -> Tensor:
-        """Features of any tiles, (N, grid², C) in the tower's dtype and on its device; tiles do not see each other."""
-        features: Tensor = self._tower(pixels_N3SS)
-        return features
+        """Features of any tiles, (N, map_grid², C) in the tower's dtype and on its device, with static S2 all scales'
+        along the channels; tiles do not see each other."""
+        device = self._tower.embeddings.patch_embedding.weight.device
+        return tower_features(self.config, pixels_N3SS.to(device), self._tower)
 
     @torch.inference_mode()
     def finish(
@@ -121,7 +124,25 @@ class VisionEncoder:
         return self.finish(features, prepared, settings)
 
     def _project(self, x_NTC: Tensor) -> Tensor:
-        return torch.cat([self._projector(run) for run in torch.split(x_NTC, TOWER_TILES)])
+        config = self.config
+        run_tiles = max(1, TOWER_TILES * config.grid**2 // config.map_grid**2)
+        return torch.cat([self._projector(run) for run in torch.split(x_NTC, run_tiles)])
+
+
+def tower_features(config: NvilaConfig, pixels_N3SS: Tensor, tower: Callable[[Tensor], Tensor]) -> Tensor:
+    """What the tower makes of tiles, for serving and training alike. With static S2 a few tiles at a time become their
+    squares, which bounds memory.
+
+    `tower`: (n, 3, s, s) to (n, t, C) with s = `config.tower_px`. Differentiable.
+    """
+    if not config.is_static_s2:
+        return tower(pixels_N3SS)
+    runs = torch.split(pixels_N3SS, max(1, TOWER_TILES // config.squares))
+    features = [
+        static_s2_features(run, tower, config.s2_scales, max_tile_px=config.tower_px, merge_index=config.s2_merge_index)
+        for run in runs
+    ]
+    return torch.cat(features)
 
 
 def visual_tokens(

@@ -259,6 +259,7 @@ def flat_kind(layout: Layout) -> str:
         is_same = all(layout.root.get(key, words[key]) == words[key] for key in decisive)
         if (
             is_same
+            and not layout.root.get("s2")
             and layout.projector.get("mm_projector_type") in types
             and "TSP" not in str(layout.root.get("video_encoder"))
         ):

@@ -25,7 +25,10 @@ def read_config(
     """
     tower_config = _tower(root, tower)
     mode = _image_mode(root)
-    scales = _scales(root) if mode is ImageMode.DYNAMIC_S2 else ()
+    is_static_s2 = bool(root.get("s2")) and mode is not ImageMode.DYNAMIC_S2
+    scales = (
+        _static_scales(root, tower_config) if is_static_s2 else _scales(root) if mode is ImageMode.DYNAMIC_S2 else ()
+    )
     llm_config = _llm(llm)
     video = media_encoder(root.get("video_encoder"), "video_encoder", ("BasicVideoEncoder", "TSPVideoEncoder"))
     image = media_encoder(root.get("image_encoder"), "image_encoder", ("BasicImageEncoder",))
@@ -34,7 +37,7 @@ def read_config(
         tower=tower_config,
         llm=llm_config,
         image_mode=mode,
-        tile_px=_tile_px(root, tower_config, processor, scales),
+        tile_px=scales[-1] if is_static_s2 else _tile_px(root, tower_config, processor, scales),
         s2_scales=scales,
         s2_merge_index=_integer(root, "s2_resize_output_to_scale_idx", 0),
         min_tiles=_integer(root, "min_tiles", 1),
@@ -94,8 +97,6 @@ def _llm(llm: Json) -> LlmConfig:
 
 
 def _image_mode(root: Json) -> ImageMode:
-    if root.get("s2"):
-        raise InvalidCheckpoint("static S2 (config key 's2') is not used by NVILA models and not supported")
     mode = root.get("image_aspect_ratio") or "resize"
     if mode not in set(ImageMode):
         raise InvalidCheckpoint(f"image_aspect_ratio is {mode!r}; known: {', '.join(ImageMode)}")
@@ -109,6 +110,21 @@ def _image_mode(root: Json) -> ImageMode:
 def _scales(root: Json) -> tuple[int, ...]:
     given = _required(root, "s2_scales", "config.json")
     return tuple(int(scale) for scale in (given.split(",") if isinstance(given, str) else given))
+
+
+def _static_scales(root: Json, tower: TowerConfig) -> tuple[int, ...]:
+    """Of static S2 (spec §3.6), each of which `s2_max_split_size` must cut into squares of the tower's own side."""
+    scales = tuple(sorted(_scales(root)))
+    most = _integer(root, "s2_max_split_size", scales[-1])
+    for scale in scales:
+        if most < 1 or scale != -(-scale // most) * tower.image_px:
+            raise InvalidCheckpoint(
+                f"s2_max_split_size {most} does not cut the scale of {scale} px into squares of the tower's "
+                f"{tower.image_px} px"
+            )
+    if _integer(root, "vision_resolution", -1) not in (-1, tower.image_px):
+        raise InvalidCheckpoint(f"vision_resolution is {root['vision_resolution']}: not supported with static S2")
+    return scales
 
 
 def _tile_px(root: Json, tower: TowerConfig, processor: Json, scales: tuple[int, ...]) -> int:

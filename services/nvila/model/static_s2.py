@@ -1,7 +1,8 @@
 """Static S2: a square picture at several scales, as VILA-1.5 had it (NVILA-SPEC §3.6; arXiv:2403.13043).
 
-No NVILA model uses it; it is here for the older checkpoints' towers. Unlike Dynamic-S2 it resizes float pixels, not the
-picture, and always squares. Follows `forward` of the s2wrapper package (bfshi/scaling_on_scales).
+No published NVILA model uses it; older checkpoints do (`s2: true`). Unlike Dynamic-S2 it resizes float pixels, not the
+picture, always squares, and treats images and video frames alike. Follows `forward` of the s2wrapper package
+(bfshi/scaling_on_scales).
 
 B pictures · N tiles · T tokens · C tower channels · S side of a picture in pixels.
 """
@@ -29,8 +30,8 @@ def static_s2_features(
     """Features of square pictures: (B, T, len(scales) · C), all scales brought to the size of scale `merge_index`.
 
     pixels_B3SS: normalised float pixels of any side, resized to each scale by bicubic interpolation without
-    antialiasing and cut into squares of at most `max_tile_px`, which must divide them evenly. `tower`: (N, 3, s, s) to
-    (N, t, C). The merging averages areas in float32.
+    antialiasing, rounded to their own dtype and cut into squares of at most `max_tile_px`, which must divide them
+    evenly. `tower`: (N, 3, s, s) to (N, t, C). The merging averages areas in float32.
     """
     maps = []
     for side_px in scales_px:
