@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import groupby
 from typing import Any
@@ -29,10 +30,11 @@ from nvila.golden.compare import (
 from nvila.golden.conversations import MARKERS, labels_before_splice, recorded_messages, with_markers
 from nvila.golden.inputs import FORMULAS, synthetic
 from nvila.golden.pipeline import EncodedMedia, Pipeline, opened
+from nvila.model.checkpoint import Checkpoint
 from nvila.model.config import ImageMode
-from nvila.model.encoder import Prepared
+from nvila.model.encoder import Prepared, VisionEncoder
+from nvila.model.layouts import read_layout
 from nvila.model.prompt import Block, Layout, lay_out, splice
-from nvila.model.static_s2 import static_s2_features
 from nvila.model.time_tokens import time_tokens
 from nvila.model.tokenizer import IMAGE, VIDEO
 from nvila.train.labels import Labelled, label_answers
@@ -256,16 +258,21 @@ def _sample(
 
 
 def _static_s2(golden: Golden, name: str) -> Iterator[Check]:
+    """A checkpoint of these keys with the recorded tower, and nothing behind it."""
     case, recorded = golden.content[name], golden.under(f"{name}.")
-    pipeline = opened(golden.checkpoint(case["vision_tower"]).parent)
-    scales = [int(scale) for scale in case["scales"].split(",")]
-    got = static_s2_features(
-        recorded["input"],
-        pipeline.encoder.tower,
-        scales,
-        max_tile_px=case["max_split_size"],
-        merge_index=case["resize_output_to_scale_idx"],
-    )
-    yield from equal("channels", got.shape[-1], case["hidden_size"])
-    yield from equal("side of pictures", {"height": scales[-1], "width": scales[-1]}, case["image_processor_size"])
+    layout = read_layout(golden.checkpoint(case["vision_tower"]).parent)
+    keys = {
+        "s2": True,
+        "s2_scales": case["scales"],
+        "s2_max_split_size": case["max_split_size"],
+        "s2_resize_output_to_scale_idx": case["resize_output_to_scale_idx"],
+        "dynamic_s2": False,
+        "image_aspect_ratio": "resize",
+    }
+    bare = replace(layout, root={**layout.root, **keys}, projector={"mm_projector_type": "identity"})
+    encoder = VisionEncoder.from_checkpoint(Checkpoint(bare))
+    side = encoder.config.tile_px
+    got = encoder.tower(recorded["input"])
+    yield from equal("channels", encoder.config.projector_width, case["hidden_size"])
+    yield from equal("side of pictures", {"height": side, "width": side}, case["image_processor_size"])
     yield from near("features", got, recorded["output"], FEATURE_TOLERANCE)
