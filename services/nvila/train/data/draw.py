@@ -48,7 +48,7 @@ class Knobs:
     video_fps: int = 8
     clip_s: tuple[float, float] = (4.0, 12.0)
     """Shortest and longest clip."""
-    brief_s: tuple[float, float] = (0.4, 1.5)
+    brief_s: tuple[float, float] = (0.4, 1.0)
     """How long text is shown that is there for part of a clip: shorter is harder with few frames."""
 
 
