@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from concurrent.futures import Future
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from nvila.model.encoder import Prepared, VisionEncoder
 from nvila.telemetry.metrics import Metrics
 from nvila.types import EncodeSettings, Level, MediaKind, TokenDtype
 from nvila.vision.engine import Engine, EngineLimits, Features, choose
+from tests.model.conftest import make_static_s2
 from tests.vision.chunks import image_settings, make_chunk, video_chunk, video_settings
 
 SETTINGS = EncodeSettings(
@@ -115,6 +117,28 @@ def test_requests_computed_together_get_what_the_model_gives_each_alone(
         # Other batch sizes may sum in another order.
         np.testing.assert_allclose(features.values_TD, values_TD.numpy(), rtol=1e-4, atol=1e-5)
         assert set(features.stage_ms) == {"queue", "preprocess", "tower", "project"}
+    engine.close()
+
+
+def test_pictures_of_static_s2_are_its_tiles(tmp_path: Path) -> None:
+    checkpoint = Checkpoint.open(make_static_s2(tmp_path / "static"))
+    encoder = VisionEncoder.from_checkpoint(checkpoint)
+    requests = [
+        (make_chunk(1, 200, 500, seed=1), image_settings(checkpoint, is_tiled=False)),
+        (video_chunk(checkpoint, 5, seed=2), video_settings(checkpoint)),
+    ]
+    side = checkpoint.config.tile_px
+    encoder.tower(torch.zeros(2, 3, side, side))  # as the service warms up
+    engine = Engine(encoder, EngineLimits(batch_tiles=4, pending_tiles=6, is_padded=True), Metrics())
+    futures = [
+        engine.submit(chunk.frames_FHWC, settings, tiles=len(chunk.frames_FHWC), why_gone=never)
+        for chunk, settings in requests
+    ]
+    for (chunk, settings), future in zip(requests, futures, strict=True):
+        values_TD, levels = encoder.encode(chunk.frames_FHWC, settings)
+        features = future.result(60)
+        assert (features.levels, features.tiles) == (levels, len(chunk.frames_FHWC))
+        np.testing.assert_allclose(features.values_TD, values_TD.numpy(), rtol=1e-4, atol=1e-5)
     engine.close()
 
 
