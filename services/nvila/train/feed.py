@@ -63,7 +63,7 @@ class Step:
 
 
 def open_source(data: str, *, lane: int, lanes: int, seed: int) -> SampleSource:
-    """`toy`, `toy:images`, `synthetic:<families>`, `listed:<kept.json>`, or a mixture as `train/data/mixture.py` reads it.
+    """`toy`, `toy:images`, `synthetic:<families>`, `listed:<kept.json>`, or a mixture (`train/data/mixture.py`).
 
     Raises `InvalidRequest` or `NotFound`.
     """
