@@ -163,6 +163,27 @@ async def test_killing_a_decode_replica_in_mid_stream_ends_every_request_properl
     assert again.text == expected[0]
 
 
+async def test_a_decode_service_whose_ray_node_was_killed_starts_anew(
+    client: openai.AsyncOpenAI, http: httpx.AsyncClient, stack: RunningStack
+) -> None:
+    question = messages(image_part(picture_url(picture(210, 110, seed=80))))
+    expected = (await ask(client, question)).text
+    before = part_pid(stack, "decode")
+    (raylet,) = (child for child in psutil.Process(before).children() if child.name() == "raylet")
+
+    raylet.kill()
+
+    async with asyncio.timeout(180):
+        while True:
+            state = stack.folder.read()
+            if state is not None and state.parts["decode"].restarts and state.parts["decode"].phase == "ready":
+                break
+            await asyncio.sleep(0.25)
+        await until_ready(http)
+    assert part_pid(stack, "decode") != before
+    assert (await ask(client, question)).text == expected
+
+
 async def test_nothing_is_left_in_flight_after_all_that(http: httpx.AsyncClient) -> None:
     metrics = (await http.get("/metrics")).text
     assert "nvila_requests_in_flight 0.0" in metrics

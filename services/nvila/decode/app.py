@@ -48,6 +48,9 @@ _ROUTER = "ray.serve.experimental.consistent_hash_router.ConsistentHashRouter"
 _QUIET = {"log_level": "WARNING", "enable_access_log": False}
 """Serve's own log lines: one per request would say nothing that spans and metrics do not."""
 
+_LOOK_EVERY_S = 2.0
+"""How often the process that started the cluster looks whether there still is one."""
+
 
 # -- in a replica -----------------------------------------------------------------------------------------------------
 
@@ -251,17 +254,26 @@ def main() -> int:
             _log.error("the application did not start", extra=fields(reason=str(error)))
             return 1
         _log.info("ready", extra=fields(grpc_port=settings.grpc_port, http_port=settings.http_port))
-        _wait_for_signal()
+        if not _serve_until_told():
+            _log.error("Ray's node died, and every replica with it")
+            ray.shutdown()  # Serve has nobody left to stop
+            return 1
         _log.info("stopping")
     return 0
 
 
-def _wait_for_signal() -> None:
-    """Ray has put its own handlers in place by now; ours end the process in order."""
+def _serve_until_told() -> bool:
+    """Until SIGTERM or SIGINT; False when no node of the cluster is left, so that whoever started this starts it anew.
+
+    Ray has put its own handlers in place by now; ours end the process in order.
+    """
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    stop.wait()
+    while not stop.wait(_LOOK_EVERY_S):
+        if not any(node["Alive"] for node in ray.nodes()):
+            return False
+    return True
 
 
 def _prepare_environment() -> None:
