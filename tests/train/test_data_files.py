@@ -329,6 +329,33 @@ def test_bad_records_are_refused_at_once_when_asked(tmp_path: Path) -> None:
         open_mixture("own", tmp_path, is_strict=True)
 
 
+def test_shards_of_other_programs_are_read_too(tmp_path: Path) -> None:
+    """Long names, folders, and captions that no record names."""
+    write_shard(tmp_path / "plain.tar", made("shapes", 2))
+    with (
+        tarfile.open(tmp_path / "plain.tar") as plain,
+        tarfile.open(tmp_path / "other.tar", "w", format=tarfile.PAX_FORMAT) as other,
+    ):
+        for member in plain:
+            data = plain.extractfile(member)
+            member.name = f"{'long/' * 30}é{member.name}"
+            other.addfile(member, data)
+        other.addfile(tarfile.TarInfo(f"{'long/' * 30}é00000000.txt"))
+
+    source = ShardSource("other", [tmp_path / "other.tar"])
+
+    assert [source.load(i).question for i in range(2)] == [one.question for one in made("shapes", 2)]
+
+
+def test_a_shard_that_was_cut_off_is_refused(tmp_path: Path) -> None:
+    write_shard(tmp_path / "cut.tar", made("shapes", 3))
+    whole = (tmp_path / "cut.tar").read_bytes()
+    (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
+
+    with pytest.raises(InvalidRequest, match=r"cut\.tar is no whole tar archive"):
+        ShardSource("cut", [tmp_path / "cut.tar"])
+
+
 def test_a_shard_that_is_no_tar_is_refused_by_name(tmp_path: Path) -> None:
     (tmp_path / "own-train-00000.tar").write_bytes(b"hello" * 300)
 

@@ -119,18 +119,20 @@ def parse(text: bytes | str) -> Any:
 def _index(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
     """Key, then ending, to (offset, size)."""
     samples: dict[str, dict[str, tuple[int, int]]] = {}
+    end = 0
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
+                end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
                 if member.isfile():
                     folder, _, base = member.name.rpartition("/")
                     key, _, ending = base.partition(".")
-                    samples.setdefault(f"{folder}/{key}" if folder else key, {})[ending.lower()] = (
-                        member.offset_data,
-                        member.size,
-                    )
+                    key = f"{folder}/{key}" if folder else key
+                    samples.setdefault(key, {})[ending.lower()] = (member.offset_data, member.size)
     except (tarfile.TarError, EOFError) as error:
         raise InvalidRequest(f"{path.name} is no whole tar archive: {error}") from None
+    if path.stat().st_size < end + 2 * tarfile.BLOCKSIZE:  # two empty blocks end an archive; `tarfile` does not mind
+        raise InvalidRequest(f"{path.name} is no whole tar archive: it was cut off")
     return samples
 
 
