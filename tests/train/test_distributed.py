@@ -36,7 +36,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     for folder in ("one", "two"):
         make_base(tmp_path / folder / "random", TOY, learn_merges(texts(), 300))
     alone = run(tmp_path / "one")
-    together = run(tmp_path / "two", "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0")
+    together = run(tmp_path / "two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
     for one, two in zip(alone, together, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)

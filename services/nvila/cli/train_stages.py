@@ -196,11 +196,11 @@ def progress(is_shown: bool, *, as_json: bool) -> Iterator[Callable[[dict[str, A
 
 def lines() -> Callable[[dict[str, Any]], None]:
     """One line of progress now and then, on stderr."""
-    last = {"at": 0.0, "name": ""}
+    last: dict[str, Any] = {"at": 0.0, "name": ""}
 
     def report(metrics: dict[str, Any]) -> None:
         now = time.monotonic()
-        if now - float(last["at"]) > SAY_EVERY_S or metrics["done"] >= 1 or metrics["name"] != last["name"]:
+        if now - last["at"] > SAY_EVERY_S or metrics["done"] >= 1 or metrics["name"] != last["name"]:
             print(f"{metrics['name']} {100 * metrics['done']:3.0f} %  {_line(metrics)}", file=sys.stderr, flush=True)
             last.update(at=now, name=metrics["name"])
 

@@ -299,7 +299,7 @@ def _read(stream: BinaryIO) -> Fed | None:
 def _array(stream: BinaryIO, dtype: str, shape: list[int]) -> np.ndarray[Any, Any]:
     array = np.empty(shape, np.dtype(dtype))
     if array.nbytes:
-        view = memoryview(array).cast("B")
+        view = array.reshape(-1).view(np.uint8).data
         at = 0
         while at < len(view):
             got = stream.readinto(view[at:])  # type: ignore[attr-defined]

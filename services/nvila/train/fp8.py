@@ -47,8 +47,9 @@ def convert(llm: nn.Module, smallest: int, *, emulates: bool = False) -> int:
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     def is_large(module: nn.Module, name: str) -> bool:
-        is_named = isinstance(module, nn.Linear) and name.rpartition(".")[2] in LAYERS
-        return is_named and min(module.weight.shape) >= smallest and all(n % 16 == 0 for n in module.weight.shape)
+        if not isinstance(module, nn.Linear) or name.rpartition(".")[2] not in LAYERS:
+            return False
+        return min(module.weight.shape) >= smallest and all(n % 16 == 0 for n in module.weight.shape)
 
     chosen = sum(is_large(module, name) for name, module in llm.named_modules())
     convert_to_float8_training(llm, config=Float8LinearConfig(emulate=emulates), module_filter_fn=is_large)

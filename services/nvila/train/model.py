@@ -13,9 +13,11 @@ from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import Qwen2ForCausalLM
@@ -79,7 +81,7 @@ class Row:
         return sum(sample.targets for sample in self.samples)
 
 
-def _to(array: np.ndarray, device: torch.device | str) -> Tensor:
+def _to(array: NDArray[Any], device: torch.device | str) -> Tensor:
     tensor = torch.from_numpy(array)
     return tensor.pin_memory().to(device, non_blocking=True) if torch.device(device).type == "cuda" else tensor
 
@@ -114,11 +116,17 @@ class TrainableNvila(nn.Module):
         return cls(checkpoint, tower, projector, llm).to(device)
 
     def part(self, module: Module) -> nn.Module:
-        return {Module.TOWER: self.tower, Module.PROJECTOR: self.projector, Module.LLM: self.llm}[module]
+        parts: dict[Module, nn.Module] = {
+            Module.TOWER: self.tower,
+            Module.PROJECTOR: self.projector,
+            Module.LLM: self.llm,
+        }
+        return parts[module]
 
     @property
     def device(self) -> torch.device:
-        return self.llm.device
+        device: torch.device = self.llm.device
+        return device
 
     def choose(self, trained: Iterable[Module], *, recomputes: bool = False) -> None:
         """Train these modules and freeze the others. `recomputes`: gradient checkpointing, a third more arithmetic for

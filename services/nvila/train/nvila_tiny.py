@@ -268,8 +268,9 @@ def _whole_tower(config: NvilaConfig) -> dict[str, Tensor]:
     for module in tower.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
             nn.init.trunc_normal_(module.weight, std=SPREAD)
-            if getattr(module, "bias", None) is not None:
-                nn.init.zeros_(module.bias)
+            bias = getattr(module, "bias", None)
+            if isinstance(bias, Tensor):
+                nn.init.zeros_(bias)
     width = config.tower.width
     norm = {"post_layernorm.weight": torch.ones(width), "post_layernorm.bias": torch.zeros(width)}
     return {**dict(tower.state_dict()), **norm}

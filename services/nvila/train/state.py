@@ -121,6 +121,7 @@ def _make_moments(optimizer: torch.optim.Optimizer) -> None:
 
 def _plain(value: Tensor) -> Tensor:
     """Low-bit moments as ordinary numbers."""
-    dequantize = getattr(value, "dequantize", None)
-    is_low_bit = type(value) is not Tensor and callable(dequantize)
-    return dequantize() if is_low_bit else value
+    if type(value) is Tensor:
+        return value
+    plain: Tensor = value.dequantize()
+    return plain
