@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from nvila.errors import InvalidRequest
 from nvila.train.model import Module, TrainableNvila
@@ -78,8 +78,8 @@ def _plain(base: nn.Module) -> nn.Module:
     weight = bitsandbytes.functional.dequantize_4bit(base.weight.data, state).float()
     plain = nn.Linear(weight.shape[1], weight.shape[0], bias=base.bias is not None)
     plain.weight = nn.Parameter(weight)
-    if base.bias is not None:
-        plain.bias = nn.Parameter(base.bias.data.float())
+    if isinstance(base.bias, Tensor):
+        plain.bias = nn.Parameter(base.bias.detach().float())
     return plain
 
 
@@ -107,5 +107,5 @@ def _store_in_4_bits(llm: nn.Module) -> None:
             layer.weight.data.cpu(), requires_grad=False, compress_statistics=True, quant_type="nf4"
         )
         if layer.bias is not None:
-            packed.bias = nn.Parameter(layer.bias.data, requires_grad=False)
+            packed.bias = nn.Parameter(layer.bias.detach(), requires_grad=False)
         setattr(llm.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], packed.to(device))

@@ -183,7 +183,7 @@ class TrainableNvila(nn.Module):
             at += item.tiles
         if values:
             return torch.cat(values)
-        unseen_TD = self.projector(features_NTC.repeat(1, 1, self.config.scales)).flatten(0, 1)
+        unseen_TD: Tensor = self.projector(features_NTC.repeat(1, 1, self.config.scales)).flatten(0, 1)
         return unseen_TD[:0] + 0.0 * unseen_TD.sum()
 
     def _features(self, pixels_N3SS: Tensor) -> Tensor:
@@ -192,7 +192,7 @@ class TrainableNvila(nn.Module):
             if not (learns and self.recomputes):
                 features: Tensor = self.tower(pixels_N3SS)
                 return features
-            x_NTC = self.tower.embeddings(pixels_N3SS.to(self.tower.embeddings.patch_embedding.weight.dtype))
+            x_NTC: Tensor = self.tower.embeddings(pixels_N3SS.to(self.tower.embeddings.patch_embedding.weight.dtype))
             for block in self.tower.encoder.layers:
                 x_NTC = recompute(block, x_NTC, None, use_reentrant=False)
                 x_NTC = x_NTC[0] if isinstance(x_NTC, tuple) else x_NTC

@@ -76,7 +76,7 @@ def _measure(size: str, steps: int, precision: str, recomputes: bool) -> tuple[A
                 _wait(device)
                 began = time.monotonic()
             loss = _loss(llm, row)
-            loss.backward()
+            torch.autograd.backward(loss)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             losses.append(float(loss.detach()))
