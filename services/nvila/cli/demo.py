@@ -158,12 +158,13 @@ def _compare(first: Report, second: Report) -> None:
     (before,), (after,) = first.coverage["media"], second.coverage["media"]
     first_ms, second_ms = (report.coverage["stage_ms"].get("first_token", 0.0) for report in (first, second))
     cached = second.usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+    nvila = escape(show.command())
     show.console.print(
         f"\n[bold green]✓[/] The first question encoded [bold]{before['frames_encoded']}[/] frames; the second "
         f"[bold]{after['frames_encoded']}[/]: its {after['frames_reused']} frames came from the cache"
         f"{f', and {cached:,} of its prompt tokens needed no prefill' if cached else ''}.\n"
         f"  Time to the first word: [bold]{first_ms / 1000:.2f} s[/], then [bold]{second_ms / 1000:.2f} s[/].\n"
-        f'\n  [dim]next:[/]  nvila up      [dim]then[/]  nvila ask {escape("video.mp4")} "What happens here?"\n'
+        f'\n  [dim]next:[/]  {nvila} up    [dim]then[/]  {nvila} ask video.mp4 "What happens here?"\n'
     )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -163,6 +166,13 @@ class Typist:
     def _break(self) -> None:
         sys.stdout.write("\n")
         self._column = 0
+
+
+def command() -> str:
+    """How this command is to be typed here: `nvila` where it is on PATH, else its path from the current folder."""
+    if shutil.which("nvila") is not None:
+        return "nvila"
+    return os.path.relpath(Path(sys.executable).with_name("nvila"))
 
 
 def print_json(value: Any) -> None:

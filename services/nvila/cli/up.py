@@ -9,6 +9,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from rich.markup import escape
+
 from nvila.cli import lifecycle, show
 from nvila.cli.checkpoint import find_model
 from nvila.cli.stack import StackConfig, configure
@@ -107,8 +109,8 @@ def _print_ready(config: StackConfig, folder: StackFolder, took_s: float, *, is_
     tell(f"  OpenAI API   {config.url}/v1      [dim]key in {_short(folder.path / 'api-key')}[/]")
     tell(f"  gRPC         127.0.0.1:{config.ports.gateway_grpc}")
     tell(f"  API docs     {config.url}/docs")
-    tell(f'\n  [dim]next:[/]  nvila ask{option} video.mp4 "What happens here?"')
-    tell(f"  [dim]stop:[/]  {'nvila down' + option if is_detached else 'Ctrl-C'}\n")
+    tell(f'\n  [dim]next:[/]  {escape(show.command())} ask{option} video.mp4 "What happens here?"')
+    tell(f"  [dim]stop:[/]  {escape(show.command()) + ' down' + option if is_detached else 'Ctrl-C'}\n")
 
 
 def _short(path: Path) -> str:
