@@ -30,6 +30,8 @@ def packed_attention(
     """What `transformers` calls in each block, with `lengths` given to the model. Returns (1, P, A, E)."""
     lengths: Sequence[int] = kwargs["lengths"]
     scale: float = kwargs["scaling"]
+    # Under autocast, rotation in float32 leaves queries and keys wider than values.
+    q_1APE, k_1KPE = q_1APE.to(v_1KPE.dtype), k_1KPE.to(v_1KPE.dtype)
     if q_1APE.is_cuda and q_1APE.dtype in (torch.bfloat16, torch.float16) and _flash_works(q_1APE.shape[-1]):
         return _flash(q_1APE, k_1KPE, v_1KPE, lengths, scale), None
     return _sample_by_sample(q_1APE, k_1KPE, v_1KPE, lengths, scale), None

@@ -1,8 +1,8 @@
 """FP8 training of the language model's large linear layers, through torchao (NVILA-SPEC §8.3, COAT's `fp8Linear`).
 
 Weights and activations in E4M3, output gradients in E5M2, scales per tensor, products accumulated in float32;
-everything else as in bf16 training. One recipe field switches it (`precision: fp8`); where the hardware or the library cannot, the
-run goes on in bf16 and says why.
+everything else as in bf16 training. One recipe field switches it (`precision: fp8`); where the hardware or the library
+cannot, the run goes on in bf16 and says why.
 """
 
 from __future__ import annotations
