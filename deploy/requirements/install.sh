@@ -27,6 +27,7 @@ find_python() {
 install_locked() {
   local total seen=0 said=0 pip_pid
   total=$(grep -c '==' requirements.lock)
+  : >"$log"  # the loop below may read it before pip has begun
   "$venv/bin/python" -m pip install --no-deps --no-input --disable-pip-version-check --progress-bar off \
     -r requirements.lock >"$log" 2>&1 &
   pip_pid=$!
