@@ -251,7 +251,7 @@ def _read_all(stream: BinaryIO, ready: queue.Queue[Fed | None]) -> None:
         while (fed := _read(stream)) is not None:
             ready.put(fed)
     except EOFError:
-        logger.warning("a feeding process ended in the middle of a sample")
+        logger.debug("a feeding process ended in the middle of a sample")
     finally:
         ready.put(None)
 

@@ -60,7 +60,7 @@ class Duration:
 
 @dataclass(frozen=True, kw_only=True)
 class Batch:
-    """What one optimizer step sees: `rows` packed rows of at most `row_positions` positions and `row_tiles` tower tiles.
+    """One optimizer step: `rows` packed rows of at most `row_positions` positions and `row_tiles` tower tiles.
 
     `lanes`: streams that the data are dealt into; row k is filled from lane k mod lanes, so that the batches are the
     same however many processes share the lanes. Each lane has its own feeding process where `nvila train` has them.
