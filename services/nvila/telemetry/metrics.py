@@ -18,7 +18,7 @@ class Metrics:
     """`metrics.add(names.VISION_TILES, 3)`, `metrics.observe(names.STAGE_SECONDS, 0.2, stage="video")`."""
 
     def __init__(self) -> None:
-        disable_created_metrics()  # `…_created` beside every series: names that `names` does not have
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # `…_created` beside every series: names that `names` does not have
         self.registry = CollectorRegistry()
         self._made: dict[str, Counter | Gauge | Histogram] = {}
 
