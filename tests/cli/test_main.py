@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
@@ -54,6 +55,8 @@ def test_each_verb_explains_itself(verb: str, capsys: pytest.CaptureFixture[str]
 
 
 def test_every_error_code_has_an_exit_status() -> None:
+    importlib.import_module("nvila.cli.cluster_api")  # errors of its own
+    importlib.import_module("nvila.cli.lifecycle")
     codes = {cls.code for cls in errors._tree(errors.NvilaError)} - {"cancelled", "invalid_checkpoint"}
     assert codes <= EXIT_CODES.keys()
 

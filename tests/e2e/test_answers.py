@@ -36,8 +36,9 @@ async def test_an_answer_is_the_same_streamed_and_whole_first_time_and_from_the_
     client: openai.AsyncOpenAI,
 ) -> None:
     asked = messages(video_part(data_url(CARPHONE), num_frames=40))
-    streamed = await ask(client, asked, max_tokens=12)
-    whole = await client.chat.completions.create(model="", messages=asked, max_tokens=12)  # type: ignore[arg-type]
+    streamed = await ask(client, asked, max_tokens=64)
+    whole = await client.chat.completions.create(model="", messages=asked, max_tokens=64)  # type: ignore[arg-type]
+    assert len(streamed.pieces) > 1
     assert whole.choices[0].message.content == streamed.text
     assert whole.choices[0].finish_reason == streamed.finish_reason
     assert whole.usage is not None
