@@ -68,7 +68,7 @@ class Source:
 @dataclass(frozen=True, kw_only=True)
 class ChunkPolicy:
     """How a source is cut. `fps`: sampled frames per second. `chunk_s`: a chunk's length; `stride_s`: from one chunk's
-    start to the next one's (shorter than `chunk_s`: chunks overlap; longer: unseen stretches between them; None: neither).
+    start to the next one's (shorter than `chunk_s`: chunks overlap; longer: unseen time between them; None: neither).
 
     `gate`: near-identical frames are not encoded again; `floor_s`: but at least one group in so many seconds is.
     """
