@@ -8,6 +8,7 @@
     │   └── ForbiddenURL        a media address that the fetch policy denies
     ├── Unauthenticated         no valid API key
     ├── NotFound                no such model, file or route
+    ├── Conflict                the thing asked about is not as the request takes it to be, or somebody else is at it
     ├── Overloaded              no permit or queue full; worth trying again after `retry_after_s`
     ├── Unavailable             a service behind is down, not ready or broke; worth trying again
     ├── DeadlineExceeded        the request's time is up
@@ -67,6 +68,12 @@ class Unauthenticated(NvilaError):
 
 class NotFound(NvilaError):
     code = "not_found"
+
+
+class Conflict(NvilaError):
+    """An idempotency key that stands for another request, an upload that is further on, a job that is over."""
+
+    code = "conflict"
 
 
 class Overloaded(NvilaError):

@@ -19,6 +19,7 @@ EXIT_CODES = {
     "limit_exceeded": 3,
     "forbidden_url": 3,
     "invalid_checkpoint": 3,
+    "conflict": 3,
     "unauthenticated": 4,
     "forbidden": 4,
     "not_found": 5,

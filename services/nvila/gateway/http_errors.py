@@ -11,6 +11,7 @@ from starlette.responses import Response
 
 from nvila.errors import (
     Cancelled,
+    Conflict,
     DeadlineExceeded,
     ForbiddenURL,
     InvalidRequest,
@@ -31,6 +32,7 @@ _STATUS: dict[type[NvilaError], int] = {
     ForbiddenURL: 403,
     Unauthenticated: 401,
     NotFound: 404,
+    Conflict: 409,
     Overloaded: 429,
     Unavailable: 503,
     DeadlineExceeded: 504,
