@@ -30,9 +30,9 @@ from nvila.cli.lifecycle import RunningStack, start
 from nvila.cli.local import local_pipeline, to_question
 from nvila.cli.stack import configure
 from nvila.cli.state import StackFolder
-from nvila.gateway.pipeline import Answered, Pipeline
+from nvila.gateway.pipeline import Pipeline
 from nvila.model.tiny import make_random_checkpoint
-from nvila.types import MediaKind
+from nvila.types import Answered, MediaKind
 from tests.clips import BIKES
 from tests.otlp import OtlpReceiver, ReceivedSpan
 

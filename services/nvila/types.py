@@ -59,21 +59,37 @@ class VideoSampling:
 
 
 @dataclass(frozen=True, kw_only=True)
-class MediaSource:
-    """One media part of a question: where its bytes are to be had. Exactly one of `url` and `file_id` is set.
+class RecordingWindow:
+    """A stretch of a recording, on its own clock (`_s`, first frame = 0) or by capture time (`_at`, since 1970).
 
-    `url` is http(s) or `data:`. `sampling` is for videos only. `param`: the part of the request that brought it, for
-    messages about it.
+    None: its beginning; as far as it is ingested.
+    """
+
+    recording_id: str
+    start_s: float | None = None
+    end_s: float | None = None
+    start_at: float | None = None
+    end_at: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MediaSource:
+    """One media part of a question: where it is to be had. Exactly one of `url`, `file_id` and `recording` is set.
+
+    `url` is http(s) or `data:`. `sampling` is for videos only; a recording was sampled when it was ingested. `param`:
+    the part of the request that brought it, for messages about it.
     """
 
     kind: MediaKind
     url: str | None = None
     file_id: str | None = None
+    recording: RecordingWindow | None = None
     param: str | None = None
     sampling: VideoSampling = field(default_factory=VideoSampling)
 
     def __post_init__(self) -> None:
-        assert (self.url is None) != (self.file_id is None), "exactly one of url and file_id"
+        given = [one for one in (self.url, self.file_id, self.recording) if one is not None]
+        assert len(given) == 1, "exactly one of url, file_id and recording"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,13 +387,70 @@ class Gap:
     reason: str
 
 
+class WindowMode(StrEnum):
+    """How a recording's window was brought into the model's budget."""
+
+    FULL = "full"
+    """One call sees every group's own tokens."""
+    POOLED = "pooled"
+    """One call sees averages over consecutive groups."""
+    MAP_REDUCE = "map_reduce"
+    """Calls over parts of the window, each with all its tokens, and a last one over their answers."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WindowPlan:
+    """How a window is answered about, and why so. Made by `recordings/planner.py`.
+
+    `pool`: consecutive groups that make one block; 1: none are averaged. `leaves_out_static`: of a run of groups with
+    the same tokens only the first is shown. `calls`: of the model, the last one over the parts' answers included.
+    `tokens`: visual positions of all calls; `most_tokens`: of any one. `frames`: sampled frames that the calls stand
+    on. `seconds_per_frame`: the window without its gaps over those frames (ANCHORS P10); `seconds_per_block`: over the
+    blocks of visual tokens. `prefill_flops`: of all calls, an upper bound. `reason`: in words.
+    """
+
+    mode: WindowMode
+    pool: int
+    leaves_out_static: bool
+    calls: int
+    blocks: int
+    tokens: int
+    most_tokens: int
+    frames: int
+    seconds_per_frame: float
+    seconds_per_block: float
+    prefill_flops: float
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecordingCoverage:
+    """What of a recording an answer stands on, besides `MediaCoverage`'s frames, gaps and tokens.
+
+    `start_s`, `end_s`: the window, on the recording's clock. `captured_from`, `captured_to`: its capture times (seconds
+    since 1970), None when nobody knows. Frames in the window: `frames_static` were found near-identical to those before
+    and have their tokens; `frames_left_out`: of them, not shown to the model again. `chunks`: that the window touches.
+    """
+
+    recording_id: str
+    start_s: float
+    end_s: float
+    captured_from: float | None
+    captured_to: float | None
+    frames_static: int
+    frames_left_out: int
+    chunks: int
+    plan: WindowPlan
+
+
 @dataclass(frozen=True, kw_only=True)
 class MediaCoverage:
     """What of one media item the answer stands on.
 
-    Frames asked by the client (or the model's default) · decoded in this request · encoded by the tower in this request
-    · reused from the cache · dropped because they could not be decoded · added to fill the last temporal group.
-    `start_s`, `end_s`: first and last frame's presentation time. `tokens`: language-model positions.
+    Frames asked by the client (or the model's default; of a recording: sampled in the window) · decoded in this request
+    · encoded by the tower in this request · reused from the cache · dropped because they could not be decoded · added
+    to fill the last temporal group. `start_s`, `end_s`: first and last frame's presentation time. `tokens`:
+    language-model positions.
     """
 
     kind: MediaKind
@@ -394,6 +467,7 @@ class MediaCoverage:
     chunks: int
     cache_hits: int
     tiles: int
+    recording: RecordingCoverage | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -403,6 +477,19 @@ class Coverage:
 
     media: tuple[MediaCoverage, ...]
     stage_ms: Mapping[str, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Answered:
+    """Last event of an answer."""
+
+    reason: FinishReason
+    usage: PromptUsage
+    completion_tokens: int
+    coverage: Coverage
+
+
+AnswerEvent = TextDelta | Answered
 
 
 @dataclass(frozen=True, kw_only=True)

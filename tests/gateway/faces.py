@@ -20,12 +20,13 @@ from nvila.gateway.auth import ApiKeys
 from nvila.gateway.files import FileStore
 from nvila.gateway.front import Front
 from nvila.gateway.http_services import HttpSettings, Services
-from nvila.gateway.pipeline import Answered, AnswerEvent
 from nvila.gateway.request import RequestLimits
 from nvila.gateway.scratch import Scratch
 from nvila.model.estimate import RequestCost, request_cost
 from nvila.telemetry.metrics import Metrics
 from nvila.types import (
+    Answered,
+    AnswerEvent,
     Coverage,
     FinishReason,
     Gap,

@@ -9,10 +9,12 @@ from dataclasses import dataclass
 import pytest
 
 from nvila.errors import DeadlineExceeded, InvalidMedia, InvalidRequest, LimitExceeded, Overloaded, Unavailable
-from nvila.gateway.pipeline import Answered, AnswerEvent, Pipeline, PipelineLimits
+from nvila.gateway.pipeline import Pipeline, PipelineLimits
 from nvila.model.config import ImageMode, LlmConfig, NvilaConfig, TowerConfig, Wrap
 from nvila.telemetry.metrics import Metrics
 from nvila.types import (
+    Answered,
+    AnswerEvent,
     Deadline,
     Gap,
     MediaKind,

@@ -14,11 +14,10 @@ from pathlib import Path
 
 from nvila.cli.local import local_pipeline
 from nvila.errors import InvalidRequest
-from nvila.gateway.pipeline import Answered
 from nvila.train.data.clips import write_h264
 from nvila.train.data.shards import png
 from nvila.train.samples import Sample, SampleMedia
-from nvila.types import Deadline, MediaKind, MediaSource, Question, SamplingParams, VideoSampling
+from nvila.types import Answered, Deadline, MediaKind, MediaSource, Question, SamplingParams, VideoSampling
 
 _TIMEOUT_S = 600.0
 

@@ -31,7 +31,7 @@ from nvila.decode.text import Vocabulary
 from nvila.gateway.egress import EgressPolicy
 from nvila.gateway.fetch import FetchLimits, MediaFetcher
 from nvila.gateway.files import FileStore
-from nvila.gateway.pipeline import Answered, Pipeline, PipelineLimits
+from nvila.gateway.pipeline import Pipeline, PipelineLimits
 from nvila.gateway.ports import LocalMedia
 from nvila.gateway.replies import usage
 from nvila.gateway.scratch import Scratch
@@ -39,6 +39,7 @@ from nvila.model.checkpoint import Checkpoint
 from nvila.model.encoder import VisionEncoder
 from nvila.telemetry.metrics import Metrics
 from nvila.types import (
+    Answered,
     Chunk,
     Coverage,
     Deadline,

@@ -18,9 +18,8 @@ from nvila.errors import Cancelled, DeadlineExceeded, NvilaError
 from nvila.gateway.front import Front, answer_id, in_time
 from nvila.gateway.http_errors import note_failure, to_object
 from nvila.gateway.parse import parse_chat, to_asked
-from nvila.gateway.pipeline import Answered
 from nvila.gateway.replies import HEARTBEAT, Reply, error_event
-from nvila.types import ModelCard, Question
+from nvila.types import Answered, ModelCard, Question
 
 _SSE_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),

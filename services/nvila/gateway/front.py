@@ -16,12 +16,11 @@ from opentelemetry import trace
 
 from nvila.errors import Cancelled, DeadlineExceeded, NvilaError
 from nvila.gateway.admission import Admission
-from nvila.gateway.pipeline import Answered, AnswerEvent
 from nvila.gateway.request import Asked, Files, RequestLimits, to_question
 from nvila.model.estimate import RequestCost
 from nvila.telemetry import names, tracing
 from nvila.telemetry.metrics import Metrics
-from nvila.types import Deadline, MediaKind, ModelCard, Question, TextPart
+from nvila.types import Answered, AnswerEvent, Deadline, MediaKind, ModelCard, Question, TextPart
 
 _DESCRIBE_S = 10.0
 

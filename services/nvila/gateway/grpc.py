@@ -34,4 +34,260 @@ from nvila.gateway.front import Front, answer_id, in_time
 from nvila.gateway.request import Asked, AskedMedia, AskedMessage
 from nvila.model.config import NvilaConfig
 from nvila.telemetry import tracing
-from nvila.types import ("")   # -- from protobuf   def to_asked(request: pb.ChatRequest, "Chat"), "ListModels"):             card = await self._front.card()             config = NvilaConfig.from_json(card.config_json)             model = pb.Model(                 id=card.name, "authorization")))             started = pb.Started(id=answer_id(question), "traceparent"), ("grpc.max_concurrent_streams", ("grpc.so_reuseport", (("nvila-error", ), )             return pb.ListModelsResponse(models=[model])   @asynccontextmanager async def _answering(context: grpc.aio.ServicerContext, )     add_ChatServiceServicer_to_server(ChatService(front, )   # -- to protobuf   def _finished(answered: Answered) -> pb.Finished:     usage = answered.usage     return pb.Finished(         reason=_REASONS[answered.reason], )   def _coverage(coverage: Coverage) -> pb.Coverage:     return pb.Coverage(media=[_media_coverage(media) for media in coverage.media], )   def _message(message: pb.Message, ) -> grpc.RpcMethodHandler:         if not details.method.startswith(_HEALTH_PREFIX):             given = dict(details.invocation_metadata or ()).get("authorization")             try:                 self._keys.tenant(given)             except Unauthenticated as error:                 return _refusal(error.message)         return await continuation(details)   def _refusal(message: str) -> grpc.RpcMethodHandler:     """A handler of the most general kind, ))      return grpc.stream_stream_rpc_method_handler(refuse)   def _header(context: grpc.aio.ServicerContext, ):                 async for event in events:                     if isinstance(event, *, 0), 100), Answered, Answered):                         await context.write(pb.ChatResponse(finished=_finished(event)))                     else:                         await context.write(pb.ChatResponse(delta=pb.Delta(text=event.text)))      async def ListModels(         self, Awaitable[grpc.RpcMethodHandler]], Cancelled: grpc.StatusCode.CANCELLED, Conflict: grpc.StatusCode.FAILED_PRECONDITION, Coverage, DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED, FinishReason, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}   @dataclass(frozen=True, ForbiddenURL: grpc.StatusCode.PERMISSION_DENIED, MediaCoverage, MediaKind, MediaKind.IMAGE, MediaKind.VIDEO, None without one; cut to `most_s`, NotFound: grpc.StatusCode.NOT_FOUND, NvilaError: grpc.StatusCode.INTERNAL, Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED, Role, SERVICE):             await self.health.set(service, Unauthenticated.code), Unauthenticated: grpc.StatusCode.UNAUTHENTICATED, Unavailable: grpc.StatusCode.UNAVAILABLE, VideoSampling  _log = logging.getLogger(__name__)  SERVICE: str = pb.DESCRIPTOR.services_by_name["ChatService"].full_name _HEALTH_PREFIX = f"/{health.SERVICE_NAME}/"  _STATUS: dict[type[NvilaError], ], `nvila-param`, `retry-after-s`.     """     with tracing.span(f"{SERVICE}/{method}", aclosing(self._front.answer(question, address: str, address=address, address=address)         case "video":             address = _address(part.video, because it is a bound on the client's own     patience and not a wish. Raises `InvalidRequest`."""     sampling = request.sampling     return Asked(         model=request.model, cache_hits=media.cache_hits, cached_tokens=usage.cached, card, card = await self._front.question(asked, chunks=media.chunks, completion_tokens=answered.completion_tokens, config.max_frames), context.time_remaining(), context: grpc.aio.ServicerContext     ) -> pb.ListModelsResponse:         async with _answering(context, context: grpc.aio.ServicerContext) -> None:         """Not a generator: a cancelled one would be closed only when it is collected."""         async with _answering(context, context: grpc.aio.ServicerContext) -> None:         await context.abort(grpc.StatusCode.UNAUTHENTICATED, continuation: Callable[[grpc.HandlerCallDetails], coverage=_coverage(answered.coverage), details: grpc.HandlerCallDetails, drain_s: float) -> None:         await self.health.enter_graceful_shutdown()         await self.server.stop(drain_s)   async def serve(front: Front, end_s=gap.end_s, end_s=media.end_s, end_s=sampling.end_s if sampling.HasField("end_s") else None, error)             code = next(_STATUS[cls] for cls in type(error).__mro__ if cls in _STATUS)             about = [("nvila-error", error.code)]             if error.param and error.param.isascii():                 about.append(("nvila-param", error.message, error.param))             if error.retry_after_s is not None:                 about.append(("retry-after-s", f"messages[{index}]") for index, f"{error.retry_after_s:g}"))             await context.abort(code, f"{param}.image")             return AskedMedia(param=f"{param}.image", f"{param}.parts[{index}]") for index, f"{param}.video")             sampling = _video_sampling(part.video.sampling)             return AskedMedia(param=f"{param}.video", file_id and data is needed", for the whole server and for ChatService."""         status = health_pb2.HealthCheckResponse.SERVING if is_ready else health_pb2.HealthCheckResponse.NOT_SERVING         for service in ("", fps=sampling.fps if sampling.HasField("fps") else None, frames_asked=media.frames_asked, frames_decoded=media.frames_decoded, frames_dropped=media.frames_dropped, frames_encoded=media.frames_encoded, frames_padded=media.frames_padded, frames_reused=media.frames_reused, front: Front, gaps=[pb.Gap(start_s=gap.start_s, grpc.StatusCode] = {     InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT, health.SERVICE_NAME, health=checks)     await started.show_ready(False)     return started   class ChatService(ChatServiceServicer):     def __init__(self, image and video is needed", image_tokens=usage.image, is_random=card.is_random, is_ready: bool) -> None:         """What the standard health service answers, is_stream=True)) as events, keys), keys: ApiKeys, keys: ApiKeys) -> None:         self._front = front         self._keys = keys      async def Chat(self, keys: ApiKeys) -> None:         self._keys = keys      async def intercept_service(         self, kind: MediaKind, kind=MediaKind.IMAGE, kind=MediaKind.VIDEO, kind=SpanKind.SERVER) as current:         try:             yield         except NvilaError as error:             tracing.mark_failed(current, kw_only=True) class GrpcServer:     """A running server. `port`: the one it listens on."""      server: grpc.aio.Server     port: int     health: health.aio.HealthServicer      async def show_ready(self, left_s: float | None, max_frames=min(self._front.limits.frames, max_message_bytes), max_message_bytes: int) -> GrpcServer:     """Listen on `address` (host:port; port 0 for a free one). Raises `OSError` when it cannot be had."""     server = grpc.aio.server(         interceptors=[_KeyNeeded(keys)], max_model_len=card.max_model_len, max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else None, message, message in enumerate(request.messages)), messages=tuple(_message(message, method: str) -> AsyncIterator[None]:     """The call's server span; and the one place where an error becomes a status.      Trailing metadata: `nvila-error` (the code of nvila.errors), model=card.name)             await context.write(pb.ChatResponse(started=started))             async with (                 in_time(question.deadline), most_s), most_s: float) -> Asked:     """`left_s`: of the call's deadline, name: str) -> str:     return next((value for key, options=[             ("grpc.max_receive_message_length", param: str) -> AskedMessage:     role = _ROLES.get(message.role)     if role is None:         raise InvalidRequest(f"{param}.role: {message.role} is not a role", param: str) -> str | AskedMedia:     match part.WhichOneof("part"):         case "text":             return part.text         case "image":             address = _address(part.image, param: str) -> str:     match media.WhichOneof("source"):         case "url":             return str(media.url)         case "file_id":             return str(media.file_id)         case "data":             return f"data:{kind}/*;base64, param=f"{param}.role")     parts = tuple(_part(part, param=param)   def _address(media: pb.Image | pb.Video, param=param)   def _video_sampling(sampling: pb.VideoSampling) -> VideoSampling:     return VideoSampling(         num_frames=sampling.num_frames if sampling.HasField("num_frames") else None, parent=_header(context, part in enumerate(message.parts))     return AskedMessage(param=param, parts=parts)   def _part(part: pb.Part, pb.ROLE_ASSISTANT: Role.ASSISTANT} _REASONS = {FinishReason.STOP: pb.FINISH_REASON_STOP, pb.ROLE_USER: Role.USER, port=port, reason=gap.reason) for gap in media.gaps], reflection included; only health is open."""      def __init__(self, reflection.SERVICE_NAME), request: pb.ChatRequest, request: pb.ListModelsRequest, role=role, sampling=sampling)     raise InvalidRequest(f"{param}: one of text, seed=sampling.seed % 2**63 if sampling.HasField("seed") else None, self._front.admitted("grpc"):             asked = to_asked(request, self._front.limits.timeout_s)             question, self._keys.tenant(_header(context, server)     reflection.enable_server_reflection((SERVICE, server)     try:         port = server.add_insecure_port(address)     except RuntimeError as error:         raise OSError(f"cannot listen on {address} for gRPC") from error     await server.start()     started = GrpcServer(server=server, server)  # type: ignore[no-untyped-call]     checks = health.aio.HealthServicer()     health_pb2_grpc.add_HealthServicer_to_server(checks, stage_ms=dict(coverage.stage_ms))   def _media_coverage(media: MediaCoverage) -> pb.MediaCoverage:     return pb.MediaCoverage(         kind=media.kind, start_s=media.start_s, start_s=sampling.start_s if sampling.HasField("start_s") else None, status)      async def stop(self, stop=tuple(sampling.stop), temperature=sampling.temperature if sampling.HasField("temperature") else None, tiles=media.tiles, timeout_s=None if left_s is None else min(left_s, tokens=media.tokens, top_k=sampling.top_k if sampling.HasField("top_k") else None, top_p=sampling.top_p if sampling.HasField("top_p") else None, tuple(about))   class _KeyNeeded(grpc.aio.ServerInterceptor):  # type: ignore[misc]     """Refuses every call without a valid key, usage=pb.Usage(             text_tokens=usage.text, value in context.invocation_metadata() or () if key == name), video_tokens=usage.video, which serves calls of every kind."""      async def refuse(_: Any, {base64.b64encode(media.data).decode()}"     raise InvalidRequest(f"{param}: one of url, } _ROLES = {pb.ROLE_SYSTEM: Role.SYSTEM)
+from nvila.types import Answered, Coverage, FinishReason, MediaCoverage, MediaKind, Role, VideoSampling
+
+_log = logging.getLogger(__name__)
+
+SERVICE: str = pb.DESCRIPTOR.services_by_name["ChatService"].full_name
+_HEALTH_PREFIX = f"/{health.SERVICE_NAME}/"
+
+_STATUS: dict[type[NvilaError], grpc.StatusCode] = {
+    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
+    ForbiddenURL: grpc.StatusCode.PERMISSION_DENIED,
+    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
+    NotFound: grpc.StatusCode.NOT_FOUND,
+    Conflict: grpc.StatusCode.FAILED_PRECONDITION,
+    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
+    Unavailable: grpc.StatusCode.UNAVAILABLE,
+    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
+    Cancelled: grpc.StatusCode.CANCELLED,
+    NvilaError: grpc.StatusCode.INTERNAL,
+}
+_ROLES = {pb.ROLE_SYSTEM: Role.SYSTEM, pb.ROLE_USER: Role.USER, pb.ROLE_ASSISTANT: Role.ASSISTANT}
+_REASONS = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
+
+
+@dataclass(frozen=True, kw_only=True)
+class GrpcServer:
+    """A running server. `port`: the one it listens on."""
+
+    server: grpc.aio.Server
+    port: int
+    health: health.aio.HealthServicer
+
+    async def show_ready(self, is_ready: bool) -> None:
+        """What the standard health service answers, for the whole server and for ChatService."""
+        status = health_pb2.HealthCheckResponse.SERVING if is_ready else health_pb2.HealthCheckResponse.NOT_SERVING
+        for service in ("", SERVICE):
+            await self.health.set(service, status)
+
+    async def stop(self, drain_s: float) -> None:
+        await self.health.enter_graceful_shutdown()
+        await self.server.stop(drain_s)
+
+
+async def serve(front: Front, keys: ApiKeys, address: str, *, max_message_bytes: int) -> GrpcServer:
+    """Listen on `address` (host:port; port 0 for a free one). Raises `OSError` when it cannot be had."""
+    server = grpc.aio.server(
+        interceptors=[_KeyNeeded(keys)],
+        options=[
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.max_concurrent_streams", 100),
+            ("grpc.so_reuseport", 0),
+        ],
+    )
+    add_ChatServiceServicer_to_server(ChatService(front, keys), server)  # type: ignore[no-untyped-call]
+    checks = health.aio.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        port = server.add_insecure_port(address)
+    except RuntimeError as error:
+        raise OSError(f"cannot listen on {address} for gRPC") from error
+    await server.start()
+    started = GrpcServer(server=server, port=port, health=checks)
+    await started.show_ready(False)
+    return started
+
+
+class ChatService(ChatServiceServicer):
+    def __init__(self, front: Front, keys: ApiKeys) -> None:
+        self._front = front
+        self._keys = keys
+
+    async def Chat(self, request: pb.ChatRequest, context: grpc.aio.ServicerContext) -> None:
+        """Not a generator: a cancelled one would be closed only when it is collected."""
+        async with _answering(context, "Chat"), self._front.admitted("grpc"):
+            asked = to_asked(request, context.time_remaining(), self._front.limits.timeout_s)
+            question, card = await self._front.question(asked, self._keys.tenant(_header(context, "authorization")))
+            started = pb.Started(id=answer_id(question), model=card.name)
+            await context.write(pb.ChatResponse(started=started))
+            async with (
+                in_time(question.deadline),
+                aclosing(self._front.answer(question, card, is_stream=True)) as events,
+            ):
+                async for event in events:
+                    if isinstance(event, Answered):
+                        await context.write(pb.ChatResponse(finished=_finished(event)))
+                    else:
+                        await context.write(pb.ChatResponse(delta=pb.Delta(text=event.text)))
+
+    async def ListModels(
+        self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.ListModelsResponse:
+        async with _answering(context, "ListModels"):
+            card = await self._front.card()
+            config = NvilaConfig.from_json(card.config_json)
+            model = pb.Model(
+                id=card.name,
+                max_model_len=card.max_model_len,
+                max_frames=min(self._front.limits.frames, config.max_frames),
+                is_random=card.is_random,
+            )
+            return pb.ListModelsResponse(models=[model])
+
+
+@asynccontextmanager
+async def _answering(context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[None]:
+    """The call's server span; and the one place where an error becomes a status.
+
+    Trailing metadata: `nvila-error` (the code of nvila.errors), `nvila-param`, `retry-after-s`.
+    """
+    with tracing.span(f"{SERVICE}/{method}", parent=_header(context, "traceparent"), kind=SpanKind.SERVER) as current:
+        try:
+            yield
+        except NvilaError as error:
+            tracing.mark_failed(current, error)
+            code = next(_STATUS[cls] for cls in type(error).__mro__ if cls in _STATUS)
+            about = [("nvila-error", error.code)]
+            if error.param and error.param.isascii():
+                about.append(("nvila-param", error.param))
+            if error.retry_after_s is not None:
+                about.append(("retry-after-s", f"{error.retry_after_s:g}"))
+            await context.abort(code, error.message, tuple(about))
+
+
+class _KeyNeeded(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+    """Refuses every call without a valid key, reflection included; only health is open."""
+
+    def __init__(self, keys: ApiKeys) -> None:
+        self._keys = keys
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler]],
+        details: grpc.HandlerCallDetails,
+    ) -> grpc.RpcMethodHandler:
+        if not details.method.startswith(_HEALTH_PREFIX):
+            given = dict(details.invocation_metadata or ()).get("authorization")
+            try:
+                self._keys.tenant(given)
+            except Unauthenticated as error:
+                return _refusal(error.message)
+        return await continuation(details)
+
+
+def _refusal(message: str) -> grpc.RpcMethodHandler:
+    """A handler of the most general kind, which serves calls of every kind."""
+
+    async def refuse(_: Any, context: grpc.aio.ServicerContext) -> None:
+        await context.abort(grpc.StatusCode.UNAUTHENTICATED, message, (("nvila-error", Unauthenticated.code),))
+
+    return grpc.stream_stream_rpc_method_handler(refuse)
+
+
+def _header(context: grpc.aio.ServicerContext, name: str) -> str:
+    return next((value for key, value in context.invocation_metadata() or () if key == name), "")
+
+
+# -- from protobuf
+
+
+def to_asked(request: pb.ChatRequest, left_s: float | None, most_s: float) -> Asked:
+    """`left_s`: of the call's deadline, None without one; cut to `most_s`, because it is a bound on the client's own
+    patience and not a wish. Raises `InvalidRequest`."""
+    sampling = request.sampling
+    return Asked(
+        model=request.model,
+        messages=tuple(_message(message, f"messages[{index}]") for index, message in enumerate(request.messages)),
+        max_tokens=sampling.max_tokens if sampling.HasField("max_tokens") else None,
+        temperature=sampling.temperature if sampling.HasField("temperature") else None,
+        top_p=sampling.top_p if sampling.HasField("top_p") else None,
+        top_k=sampling.top_k if sampling.HasField("top_k") else None,
+        seed=sampling.seed % 2**63 if sampling.HasField("seed") else None,
+        stop=tuple(sampling.stop),
+        timeout_s=None if left_s is None else min(left_s, most_s),
+    )
+
+
+def _message(message: pb.Message, param: str) -> AskedMessage:
+    role = _ROLES.get(message.role)
+    if role is None:
+        raise InvalidRequest(f"{param}.role: {message.role} is not a role", param=f"{param}.role")
+    parts = tuple(_part(part, f"{param}.parts[{index}]") for index, part in enumerate(message.parts))
+    return AskedMessage(param=param, role=role, parts=parts)
+
+
+def _part(part: pb.Part, param: str) -> str | AskedMedia:
+    match part.WhichOneof("part"):
+        case "text":
+            return part.text
+        case "image":
+            address = _address(part.image, MediaKind.IMAGE, f"{param}.image")
+            return AskedMedia(param=f"{param}.image", kind=MediaKind.IMAGE, address=address)
+        case "video":
+            address = _address(part.video, MediaKind.VIDEO, f"{param}.video")
+            sampling = _video_sampling(part.video.sampling)
+            return AskedMedia(param=f"{param}.video", kind=MediaKind.VIDEO, address=address, sampling=sampling)
+    raise InvalidRequest(f"{param}: one of text, image and video is needed", param=param)
+
+
+def _address(media: pb.Image | pb.Video, kind: MediaKind, param: str) -> str:
+    match media.WhichOneof("source"):
+        case "url":
+            return str(media.url)
+        case "file_id":
+            return str(media.file_id)
+        case "data":
+            return f"data:{kind}/*;base64,{base64.b64encode(media.data).decode()}"
+    raise InvalidRequest(f"{param}: one of url, file_id and data is needed", param=param)
+
+
+def _video_sampling(sampling: pb.VideoSampling) -> VideoSampling:
+    return VideoSampling(
+        num_frames=sampling.num_frames if sampling.HasField("num_frames") else None,
+        fps=sampling.fps if sampling.HasField("fps") else None,
+        start_s=sampling.start_s if sampling.HasField("start_s") else None,
+        end_s=sampling.end_s if sampling.HasField("end_s") else None,
+    )
+
+
+# -- to protobuf
+
+
+def _finished(answered: Answered) -> pb.Finished:
+    usage = answered.usage
+    return pb.Finished(
+        reason=_REASONS[answered.reason],
+        usage=pb.Usage(
+            text_tokens=usage.text,
+            image_tokens=usage.image,
+            video_tokens=usage.video,
+            completion_tokens=answered.completion_tokens,
+            cached_tokens=usage.cached,
+        ),
+        coverage=_coverage(answered.coverage),
+    )
+
+
+def _coverage(coverage: Coverage) -> pb.Coverage:
+    return pb.Coverage(media=[_media_coverage(media) for media in coverage.media], stage_ms=dict(coverage.stage_ms))
+
+
+def _media_coverage(media: MediaCoverage) -> pb.MediaCoverage:
+    return pb.MediaCoverage(
+        kind=media.kind,
+        frames_asked=media.frames_asked,
+        frames_decoded=media.frames_decoded,
+        frames_encoded=media.frames_encoded,
+        frames_reused=media.frames_reused,
+        frames_dropped=media.frames_dropped,
+        frames_padded=media.frames_padded,
+        start_s=media.start_s,
+        end_s=media.end_s,
+        gaps=[pb.Gap(start_s=gap.start_s, end_s=gap.end_s, reason=gap.reason) for gap in media.gaps],
+        tokens=media.tokens,
+        chunks=media.chunks,
+        cache_hits=media.cache_hits,
+        tiles=media.tiles,
+    )

@@ -32,33 +32,20 @@ from nvila.model.estimate import RequestCost, request_cost
 from nvila.telemetry import names
 from nvila.telemetry.metrics import Metrics
 from nvila.types import (
+    Answered,
+    AnswerEvent,
     Chunk,
     Coverage,
     EncodeSettings,
     Finished,
-    FinishReason,
     MediaKind,
     MediaSource,
     ModelCard,
-    PromptUsage,
     Question,
-    TextDelta,
     TokensRef,
 )
 from nvila.video.plan import plan_frames
 
-
-@dataclass(frozen=True, kw_only=True)
-class Answered:
-    """Last event of an answer."""
-
-    reason: FinishReason
-    usage: PromptUsage
-    completion_tokens: int
-    coverage: Coverage
-
-
-AnswerEvent = TextDelta | Answered
 Emit = Callable[[AnswerEvent], None]
 
 

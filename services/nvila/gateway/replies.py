@@ -12,8 +12,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, TypeAdapter
 
-from nvila.gateway.pipeline import Answered
-from nvila.types import Coverage, FinishReason, PromptUsage
+from nvila.types import Answered, Coverage, FinishReason, PromptUsage
 
 _COVERAGE = TypeAdapter(Coverage)
 
