@@ -1,0 +1,143 @@
+"""How time is cut: chunks of a recording, the instants at which it is sampled, and groups of those. Pure arithmetic.
+
+Instants are counted off for the whole recording, at 0, 1/fps, 2/fps … on its clock, and belong to every chunk in whose
+stretch [start, end) they lie: to one where chunks touch, to several where they overlap, to none between chunks that
+leave time unseen. A group is `temporal_group` instants of one chunk in order, the last of a chunk maybe fewer; so no
+group crosses a chunk's border, and where the stride is a whole number of groups, overlapping chunks share theirs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nvila.errors import InvalidRequest, LimitExceeded
+from nvila.recordings.types import ChunkPolicy
+from nvila.types import Gap
+
+_SLACK_S = 1e-6
+"""Instants come from a division and borders from a product: closer than this they are equal."""
+
+MOST_FPS = 60.0
+LONGEST_CHUNK_S = 3600.0
+MOST_CHUNK_FRAMES = 4096
+
+
+def check_policy(policy: ChunkPolicy) -> None:
+    """Refuse a policy that means nothing or whose chunks no worker should hold."""
+    for name in ("fps", "chunk_s", "floor_s", "stride_s"):
+        value = getattr(policy, name)
+        if value is not None and not (math.isfinite(value) and value > 0):
+            raise InvalidRequest(f"{name} must be a positive number, not {value}", param=name)
+    if policy.fps > MOST_FPS:
+        raise LimitExceeded.of("fps", asked=policy.fps, limit=MOST_FPS, param="fps")
+    if policy.chunk_s > LONGEST_CHUNK_S:
+        raise LimitExceeded.of("chunk_s", asked=policy.chunk_s, limit=LONGEST_CHUNK_S, param="chunk_s")
+    if policy.chunk_s * policy.fps < 1:
+        raise InvalidRequest(
+            f"a chunk of {policy.chunk_s:g} s at {policy.fps:g} frames per second holds less than one frame",
+            param="chunk_s",
+        )
+    if policy.chunk_s * policy.fps > MOST_CHUNK_FRAMES:
+        asked = policy.chunk_s * policy.fps
+        raise LimitExceeded.of("frames in a chunk", asked=asked, limit=MOST_CHUNK_FRAMES, param="chunk_s")
+    if stride_s(policy) * policy.fps < 1:
+        raise InvalidRequest(
+            f"a stride of {stride_s(policy):g} s is shorter than the {1 / policy.fps:g} s between two frames",
+            param="stride_s",
+        )
+
+
+def stride_s(policy: ChunkPolicy) -> float:
+    """From one chunk's start to the next one's."""
+    return policy.chunk_s if policy.stride_s is None else policy.stride_s
+
+
+def chunk_span(policy: ChunkPolicy, number: int) -> tuple[float, float]:
+    """Start and end of a chunk on the recording's clock; the end of a recording may come before that of its last."""
+    start_s = number * stride_s(policy)
+    return start_s, start_s + policy.chunk_s
+
+
+def chunk_count(policy: ChunkPolicy, duration_s: float) -> int:
+    """How many chunks a recording of this length has: each that begins before its end and adds an instant of its own.
+
+    Where chunks overlap, one that would hold only what the chunk before it holds already is none.
+    """
+    last = last_instant(policy, duration_s)
+    if last < 0:
+        return 0
+    number = math.floor(last / policy.fps / stride_s(policy)) + 1
+    while number > 0 and max(_instants(policy, number)[0], _instants(policy, number - 1)[1]) > last:
+        number -= 1
+    return number + 1
+
+
+def last_instant(policy: ChunkPolicy, duration_s: float) -> int:
+    """Number of the last instant before `duration_s`; -1 when there is none."""
+    return math.ceil((duration_s - _SLACK_S) * policy.fps) - 1
+
+
+def chunks_at(policy: ChunkPolicy, instant: int) -> range:
+    """Numbers of the chunks that an instant belongs to."""
+    time_s = instant / policy.fps
+    last = math.floor((time_s + _SLACK_S) / stride_s(policy))
+    first = last
+    while first > 0 and _instants(policy, first - 1)[1] > instant:
+        first -= 1
+    return range(first, last + 1) if _instants(policy, last)[1] > instant else range(0)
+
+
+def chunk_times(policy: ChunkPolicy, number: int, duration_s: float = math.inf) -> tuple[float, ...]:
+    """The instants of a chunk, seconds on the recording's clock, those before `duration_s`."""
+    first, end = _instants(policy, number)
+    if math.isfinite(duration_s):
+        end = min(end, last_instant(policy, duration_s) + 1)
+    return tuple(instant / policy.fps for instant in range(first, end))
+
+
+def cut_groups(count: int, group: int) -> tuple[slice, ...]:
+    """Which of a chunk's `count` instants make each group."""
+    return tuple(slice(at, min(at + group, count)) for at in range(0, count, group))
+
+
+def frames_on_show(
+    instants_s: Sequence[float], times_s: NDArray[np.float64], end_s: float, holes: Iterable[tuple[float, float]] = ()
+) -> tuple[int, ...]:
+    """For each instant the number of the frame on show; -1 before the first, from `end_s` on, and in a hole.
+
+    All on one clock. times_s: presentation time of every frame, ascending. holes: stretches without frames.
+    """
+    at_s = np.asarray(instants_s, np.float64)
+    shown = np.searchsorted(times_s, at_s + _SLACK_S, side="right") - 1
+    shown[at_s + _SLACK_S >= end_s] = -1
+    for start_s, stop_s in holes:
+        shown[(at_s >= start_s - _SLACK_S) & (at_s < stop_s - _SLACK_S)] = -1
+    return tuple(int(number) for number in shown)
+
+
+def gaps_between(lost_s: Iterable[float], fps: float, end_s: float, reason: str) -> tuple[Gap, ...]:
+    """Instants without a usable frame as stretches: each stands for the time until the next instant.
+
+    end_s: where the chunk ends; a gap never reaches past it.
+    """
+    gaps: list[Gap] = []
+    for time_s in sorted(lost_s):
+        until_s = min(time_s + 1 / fps, end_s)
+        if gaps and abs(gaps[-1].end_s - time_s) < _SLACK_S:
+            gaps[-1] = Gap(start_s=gaps[-1].start_s, end_s=until_s, reason=reason)
+        else:
+            gaps.append(Gap(start_s=time_s, end_s=until_s, reason=reason))
+    return tuple(gaps)
+
+
+def _instants(policy: ChunkPolicy, number: int) -> tuple[int, int]:
+    """Numbers [first, end) of a chunk's instants."""
+    start_s, end_s = chunk_span(policy, number)
+    return (
+        max(0, math.ceil((start_s - _SLACK_S) * policy.fps)),
+        max(0, math.ceil((end_s - _SLACK_S) * policy.fps)),
+    )
