@@ -7,6 +7,8 @@ its length before it, so no two different sets of fields have the same byte form
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from blake3 import blake3
 from numpy.typing import NDArray
@@ -54,6 +56,11 @@ def plan_key(
     bounds = (sampling.num_frames, sampling.fps, sampling.start_s, sampling.end_s, chunk_frames)
     plan = "|".join("" if bound is None else repr(bound) for bound in bounds)
     return _key("nvila plan key", _checked(source_digest), plan.encode(), settings.canonical(), tenant.encode())
+
+
+def pooled_key(keys: Sequence[str]) -> str:
+    """Key (64 hex digits) of the average of these records, in this order; the tenant is in theirs."""
+    return _key("nvila pooled record key", *(bytes.fromhex(key) for key in keys))
 
 
 def _key(context: str, *fields: bytes) -> str:
