@@ -199,7 +199,9 @@ async def test_a_waiter_takes_over_when_the_holder_ends_without_a_record(store: 
         await failing
 
 
-async def test_the_lease_of_a_dead_process_expires_and_is_taken_over(shared_redis: RedisServer) -> None:
+async def test_the_lease_of_a_dead_process_expires_and_is_taken_over(
+    shared_redis: RedisServer, admin: redis.Redis
+) -> None:
     dead = TokenStore.open(shared_redis.url, Metrics(), ttl_s=60, lease_s=0.3)
     alive = TokenStore.open(shared_redis.url, Metrics(), ttl_s=60, lease_s=0.3)
     ref, _ = make_record(42)
@@ -211,7 +213,7 @@ async def test_the_lease_of_a_dead_process_expires_and_is_taken_over(shared_redi
     async with alive.lease(ref, FORM, Deadline.after(5)) as lease:
         assert lease is Lease.TAKEN_OVER
         await holding.__aexit__(None, None, None)  # releases only what is its own
-        assert await alive._redis.exists(f"nvila:{{{ref.key}}}:l") == 1
+        assert await admin.exists(f"nvila:{{{ref.key}}}:l") == 1
     await dead.close()
     await alive.close()
 
@@ -313,7 +315,7 @@ async def test_with_a_wrong_password_everything_is_a_miss(shared_redis: RedisSer
 async def test_redis_killed_in_the_middle_of_a_pipeline_is_a_miss_and_comes_back(
     own_redis: RedisServer, metrics: Metrics, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("nvila.cache.store._PROBE_EVERY_S", 0.1)
+    monkeypatch.setattr("nvila.cache.servers.PROBE_EVERY_S", 0.1)
     store = TokenStore.open(own_redis.url, metrics, ttl_s=60)
     ref, record = make_record(62, tokens=12_000)  # 24 shards
     assert await store.put(record)

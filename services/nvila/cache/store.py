@@ -7,7 +7,8 @@ that a dead Redis costs microseconds.
 Names in Redis, one hash slot per record: `nvila:{key}:m` manifest · `nvila:{key}:s0`… shards · `nvila:{key}:l` lease ·
 `nvila:plan:{key}` plan. All expire, so `volatile-lru` may evict any of them; a record is complete only when manifest
 and all shards are there, and a reader knows their number beforehand. Commands, for ACLs: vision SET UNLINK; decode
-EXISTS GETEX; gateway EXISTS SET GETEX EVAL (with GET PEXPIRE UNLINK) INFO.
+EXISTS GETEX; gateway EXISTS SET GETEX EVAL (with GET PEXPIRE UNLINK) INFO. In a cluster (cache/servers.py) a server
+that is away is a miss for the records that it holds.
 """
 
 from __future__ import annotations
@@ -21,14 +22,12 @@ from contextlib import asynccontextmanager
 from enum import StrEnum
 from typing import Any, Protocol, TypeVar
 
-import redis.asyncio as redis
 from blake3 import blake3
 from opentelemetry import trace
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
 from redis.exceptions import RedisError, ResponseError
 
 from nvila.cache.codec import CorruptRecord, Record, RecordFormat, traceparent_of, unpack
+from nvila.cache.servers import Breaker, Cluster, OneServer, connect, is_silence, told
 from nvila.telemetry import names, tracing
 from nvila.telemetry.logs import fields
 from nvila.telemetry.names import Metric
@@ -37,9 +36,6 @@ from nvila.types import Deadline, TokensRef, VisualTokens
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-_PIPELINE_DEPTH = 32
-"""Commands sent before their answers are read: at most 32 MiB in flight on a connection (ANCHORS P58)."""
-_PROBE_EVERY_S = 1.0
 _RENEW = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('pexpire', KEYS[1], ARGV[2]) end return 0"
 _RELEASE = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('unlink', KEYS[1]) end return 0"
 
@@ -73,58 +69,41 @@ class TokenStore:
     """One process's connections to Redis. Make it with `open` inside a running event loop; `close` it at the end."""
 
     def __init__(
-        self, client: redis.Redis, metrics: MetricSink, *, ttl_s: float, timeout_s: float = 2.0, lease_s: float = 10.0
+        self, servers: OneServer | Cluster, metrics: MetricSink, *, ttl_s: float, lease_s: float = 10.0
     ) -> None:
-        self._redis = client
+        self._servers = servers
         self._metrics = metrics
         self._ttl_ms = round(ttl_s * 1000)
-        self._timeout_s = timeout_s
         self._lease_ms = round(lease_s * 1000)
-        self._breaker = _Breaker()
+        self._breaker = Breaker()
 
     @classmethod
     def open(
-        cls,
-        url: str,
-        metrics: MetricSink,
-        *,
-        ttl_s: float,
-        timeout_s: float = 2.0,
-        connect_timeout_s: float = 0.5,
-        max_connections: int = 16,
-        lease_s: float = 10.0,
+        cls, url: str, metrics: MetricSink, *, ttl_s: float, timeout_s: float = 2.0, lease_s: float = 10.0
     ) -> TokenStore:
-        """A store on `redis://[user:password@]host:port/db`, or `rediss://` for TLS; nothing is sent yet.
+        """A store on `redis[s]://[user:password@]host:port/db` or, for a Redis Cluster, `redis[s]+cluster://…`; nothing
+        is sent yet.
 
         `ttl_s`: how long a record lives after its last use. `timeout_s`: of one round trip. Raises `ValueError` for an
         address that is not one.
         """
-        pool = redis.BlockingConnectionPool.from_url(
-            url,
-            max_connections=max_connections,
-            timeout=timeout_s,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=connect_timeout_s,
-            retry=Retry(NoBackoff(), 0),
-            driver_info=None,  # no CLIENT SETINFO, which a narrow ACL forbids
-        )
-        client = redis.Redis.from_pool(pool)
-        return cls(client, metrics, ttl_s=ttl_s, timeout_s=timeout_s, lease_s=lease_s)
+        return cls(connect(url, timeout_s=timeout_s), metrics, ttl_s=ttl_s, lease_s=lease_s)
 
     async def close(self) -> None:
-        await self._redis.aclose()
+        await self._servers.close()
 
     # -- records
 
     async def has(self, refs: Iterable[TokensRef], form: RecordFormat) -> set[str]:
         """Keys of those records that are complete (not verified: that is for who reads them)."""
-        return await self._present(list(refs), form) or set()
+        complete, _ = await self._present(list(refs), form)
+        return complete
 
     async def get(self, refs: Iterable[TokensRef], form: RecordFormat) -> dict[str, VisualTokens]:
         """The verified tokens of those records that are there, by key; their lives begin anew."""
         wanted = list({ref.key: ref for ref in refs}.values())
         commands = [("GETEX", name, "PX", self._ttl_ms) for ref in wanted for name in _names(ref, form)]
-        values = await self._attempt("get", lambda: self._pipelined(commands))
+        values = await self._attempt("get", lambda: self._servers.ask(commands))
         if values is None:
             self._metrics.add(names.CACHE_READS, len(wanted), outcome="unavailable")
             return {}
@@ -142,8 +121,8 @@ class TokenStore:
         """Write a record, its manifest last; True when Redis has all of it. Writing twice is harmless."""
         parts = [*((f"s{index}", shard) for index, shard in enumerate(record.shards)), ("m", record.manifest)]
         commands = [("SET", _name(record.key, part), value, "PX", self._ttl_ms) for part, value in parts]
-        answers = await self._attempt("put", lambda: self._pipelined(commands))
-        if answers is None:
+        answers = await self._attempt("put", lambda: self._servers.ask(commands))
+        if answers is None or any(is_silence(answer) for answer in answers):
             outcome = "unavailable"
         elif all(answer is not None and not isinstance(answer, Exception) for answer in answers):
             outcome = "written"
@@ -153,7 +132,7 @@ class TokenStore:
             refusal = next(answer for answer in answers if isinstance(answer, Exception))
             _log.warning("the cache refused a record", extra=fields(key=record.key, reason=str(refusal)))
             await self._attempt(
-                "put", lambda: self._pipelined([("UNLINK", *(_name(record.key, part) for part, _ in parts))])
+                "put", lambda: self._servers.ask([("UNLINK", *(_name(record.key, part) for part, _ in parts))])
             )
         self._metrics.add(names.CACHE_WRITES, outcome=outcome)
         return outcome == "written"
@@ -162,17 +141,19 @@ class TokenStore:
         """Wait until all those records are complete; returns the keys of those that are not, by the deadline or as soon
         as Redis does not answer. Never raises."""
         missing = {ref.key: ref for ref in refs}
+        given_up: set[str] = set()
         pause_s = 0.005
         while missing:
-            present = await self._present(list(missing.values()), form)
+            complete, silent = await self._present(list(missing.values()), form)
+            given_up |= silent
+            missing = {key: ref for key, ref in missing.items() if key not in complete | silent}
             left_s = deadline.at_s - time.monotonic()
-            if present is None or left_s <= 0:
+            if left_s <= 0:
                 break
-            missing = {key: ref for key, ref in missing.items() if key not in present}
             if missing:
                 await asyncio.sleep(min(pause_s, left_s))
                 pause_s = min(pause_s * 1.5, 0.05)
-        return set(missing)
+        return given_up | set(missing)
 
     # -- leases
 
@@ -201,7 +182,7 @@ class TokenStore:
         commands = [("SET", name, owner, "NX", "PX", self._lease_ms), ("EXISTS", *record)]
         pause_s, has_waited = 0.02, False
         while True:
-            answers = await self._attempt("lease", lambda: self._pipelined(commands))
+            answers = await self._attempt("lease", lambda: self._servers.ask(commands))
             if answers is None or isinstance(answers[0], Exception):
                 return Lease.WITHOUT
             is_mine, is_there = answers[0] is not None, answers[1] == len(record)
@@ -218,17 +199,17 @@ class TokenStore:
     async def _renew(self, name: str, owner: str) -> None:
         while True:
             await asyncio.sleep(self._lease_ms / 3000)
-            await self._attempt("lease", lambda: self._pipelined([("EVAL", _RENEW, 1, name, owner, self._lease_ms)]))
+            await self._attempt("lease", lambda: self._servers.ask([("EVAL", _RENEW, 1, name, owner, self._lease_ms)]))
 
     async def _release(self, name: str, owner: str) -> None:
-        await self._attempt("lease", lambda: self._pipelined([("EVAL", _RELEASE, 1, name, owner)]))
+        await self._attempt("lease", lambda: self._servers.ask([("EVAL", _RELEASE, 1, name, owner)]))
 
     # -- plans
 
     async def recall(self, plan_key: str) -> bytes | None:
         """What was remembered under a plan key (cache/keys.py), intact, or None."""
         commands = [("GETEX", _plan_name(plan_key), "PX", self._ttl_ms)]
-        answers = await self._attempt("plan", lambda: self._pipelined(commands))
+        answers = await self._attempt("plan", lambda: self._servers.ask(commands))
         value = answers[0] if answers else None
         if not isinstance(value, bytes):
             return None
@@ -239,34 +220,37 @@ class TokenStore:
         """Keep a few bytes under a plan key for as long as a record lives."""
         value = _plan_digest(plan_key, plan) + plan
         commands = [("SET", _plan_name(plan_key), value, "PX", self._ttl_ms)]
-        await self._attempt("plan", lambda: self._pipelined(commands))
+        await self._attempt("plan", lambda: self._servers.ask(commands))
 
     # -- health
 
     async def measure(self) -> bool:
-        """Set the gauges about the server; call it every few seconds. True when Redis answers."""
-        info = await self._attempt("info", self._redis.info)
-        if info is not None:
-            self._metrics.set(names.CACHE_USED_BYTES, info["used_memory"])
-            self._metrics.set(names.CACHE_EVICTED, info["evicted_keys"])
-        self._metrics.set(names.CACHE_UP, float(info is not None))
-        return info is not None
+        """Set the gauges about the servers; call it every few seconds. True when Redis answers."""
+        found = await self._attempt("info", self._servers.info)
+        heard = [one for one in found or [] if one is not None]
+        if heard:
+            self._metrics.set(names.CACHE_USED_BYTES, sum(one["used_memory"] for one in heard))
+            self._metrics.set(names.CACHE_EVICTED, sum(one["evicted_keys"] for one in heard))
+        self._metrics.set(names.CACHE_UP, len(heard) / len(found) if found else 0)
+        return bool(heard)
 
     # -- inside
 
-    async def _present(self, refs: Sequence[TokensRef], form: RecordFormat) -> set[str] | None:
-        """Keys of the complete ones; None when Redis does not answer."""
+    async def _present(self, refs: Sequence[TokensRef], form: RecordFormat) -> tuple[set[str], set[str]]:
+        """Keys of the complete ones, and of those about which nobody answers."""
         commands = [("EXISTS", *_names(ref, form)) for ref in refs]
-        counts = await self._attempt("has", lambda: self._pipelined(commands))
+        counts = await self._attempt("has", lambda: self._servers.ask(commands))
         if counts is None:
-            return None
-        complete = zip(refs, commands, counts, strict=True)
-        return {ref.key for ref, command, count in complete if count == len(command) - 1}
+            return set(), {ref.key for ref in refs}
+        answered = list(zip(refs, commands, counts, strict=True))
+        complete = {ref.key for ref, command, count in answered if count == len(command) - 1}
+        return complete, {ref.key for ref, _, count in answered if is_silence(count)}
 
     async def _verified(self, ref: TokensRef, form: RecordFormat, parts: Sequence[Any]) -> VisualTokens | None:
         manifest, *shards = parts
         if any(not isinstance(part, bytes) for part in parts):
-            self._metrics.add(names.CACHE_READS, outcome="miss")
+            silent = any(is_silence(part) for part in parts)
+            self._metrics.add(names.CACHE_READS, outcome="unavailable" if silent else "miss")
             return None
         try:
             tokens = await asyncio.to_thread(unpack, manifest, shards, ref, form)
@@ -278,17 +262,6 @@ class TokenStore:
         self._metrics.add(names.CACHE_BYTES, sum(map(len, shards)), direction="read")
         tracing.link_to(trace.get_current_span(), traceparent_of(manifest))
         return tokens
-
-    async def _pipelined(self, commands: Sequence[tuple[Any, ...]]) -> list[Any]:
-        """Answers of all commands, in order; an error answer is in its place. One round trip per 32 commands."""
-        answers: list[Any] = []
-        for start in range(0, len(commands), _PIPELINE_DEPTH):
-            pipeline = self._redis.pipeline(transaction=False)
-            for command in commands[start : start + _PIPELINE_DEPTH]:
-                pipeline.execute_command(*command)
-            async with asyncio.timeout(self._timeout_s):
-                answers += await pipeline.execute(raise_on_error=False)
-        return answers
 
     async def _attempt(self, operation: str, work: Callable[[], Awaitable[_T]]) -> _T | None:
         """The one place where Redis fails: the result, or None when it does not answer."""
@@ -302,7 +275,7 @@ class TokenStore:
             return None
         except (RedisError, OSError, TimeoutError) as error:
             if self._breaker.failed():
-                _log.warning("the cache does not answer", extra=fields(operation=operation, reason=repr(error)))
+                _log.warning("the cache does not answer", extra=fields(operation=operation, reason=told(error)))
             self._metrics.set(names.CACHE_UP, 0)
             return None
         if self._breaker.succeeded():
@@ -310,34 +283,6 @@ class TokenStore:
             self._metrics.set(names.CACHE_UP, 1)
         self._metrics.observe(names.CACHE_SECONDS, time.perf_counter() - started, operation=operation)
         return result
-
-
-class _Breaker:
-    """Closed while Redis answers; after a failure it lets one call through each `_PROBE_EVERY_S`."""
-
-    def __init__(self) -> None:
-        self._is_up: bool | None = None
-        self._next_probe_s = 0.0
-
-    def allows(self) -> bool:
-        if self._is_up is not False:
-            return True
-        now = time.monotonic()
-        if now < self._next_probe_s:
-            return False
-        self._next_probe_s = now + _PROBE_EVERY_S
-        return True
-
-    def failed(self) -> bool:
-        """True when this is news."""
-        was_up, self._is_up = self._is_up, False
-        self._next_probe_s = time.monotonic() + _PROBE_EVERY_S
-        return was_up is not False
-
-    def succeeded(self) -> bool:
-        """True when this is news."""
-        was_up, self._is_up = self._is_up, True
-        return was_up is not True
 
 
 def _name(key: str, part: str) -> str:

@@ -51,7 +51,7 @@ class Settings(BaseSettings):
 
     # the token cache
     redis_url: str = ""
-    """redis[s]://[user:password@]host:port/db. Empty: no cache; visual tokens must come inline."""
+    """redis[s][+cluster]://[user:password@]host:port/db. Empty: no cache; visual tokens must come inline."""
     redis_ttl_s: Seconds = 3600
     """How long a record lives after its last use."""
     redis_timeout_s: Seconds = 2

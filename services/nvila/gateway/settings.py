@@ -50,8 +50,9 @@ class GatewaySettings(BaseSettings):
     """host:port of Triton's gRPC API."""
     decode_target: HostPort = "127.0.0.1:9000"
     """host:port of Ray Serve's gRPC proxy."""
-    redis_url: Annotated[str, Field(pattern=r"^rediss?://\S+$")] = "redis://127.0.0.1:6379/0"
-    """The token cache; rediss:// for TLS. It may be away at any time: requests are then slower."""
+    redis_url: Annotated[str, Field(pattern=r"^rediss?(\+cluster)?://\S+$")] = "redis://127.0.0.1:6379/0"
+    """The token cache; rediss:// for TLS, redis+cluster:// or rediss+cluster:// for a Redis Cluster. It may be away at
+    any time: requests are then slower."""
     data_dir: Path = Path("/var/lib/nvila")
     """Folder for uploaded files and media on the way. Replicas that share it share uploaded files."""
 

@@ -51,9 +51,9 @@ CACHE_WRITES = Metric("nvila_cache_writes_total", "counter", "Token records writ
 CACHE_BYTES = Metric("nvila_cache_bytes_total", "counter", "Token bytes moved.", ("direction",))
 CACHE_SECONDS = Metric("nvila_cache_seconds", "histogram", "Round trips to the cache.", ("operation",), SECONDS_BUCKETS)
 CACHE_LEASES = Metric("nvila_cache_leases_total", "counter", "Encode leases, by outcome.", ("outcome",))
-CACHE_USED_BYTES = Metric("nvila_cache_used_bytes", "gauge", "Memory that the cache server uses.")
-CACHE_EVICTED = Metric("nvila_cache_evicted_keys", "gauge", "Keys that the cache server has evicted since it started.")
-CACHE_UP = Metric("nvila_cache_up", "gauge", "1 when the cache server answers.")
+CACHE_USED_BYTES = Metric("nvila_cache_used_bytes", "gauge", "Memory that the cache's servers use.")
+CACHE_EVICTED = Metric("nvila_cache_evicted_keys", "gauge", "Keys that the cache's servers have evicted since they started.")
+CACHE_UP = Metric("nvila_cache_up", "gauge", "Share of the cache's servers that answer.")
 # vision
 VISION_REQUESTS = Metric("nvila_vision_requests_total", "counter", "Encode calls, by outcome.", ("outcome",))
 VISION_TILES = Metric("nvila_vision_tiles_total", "counter", "Tower tiles computed.")

@@ -40,7 +40,7 @@ class Settings(BaseSettings):
 
     # the token cache
     redis_url: str = ""
-    """redis[s]://[user:password@]host:port/db. Empty: nothing is published, tokens travel inline."""
+    """redis[s][+cluster]://[user:password@]host:port/db. Empty: nothing is published, tokens travel inline."""
     redis_ttl_s: float = Field(default=3600, gt=0)
     """How long a record lives after its last use."""
     redis_timeout_s: float = Field(default=2, gt=0)
