@@ -22,6 +22,7 @@ from nvila.gateway.front import Front
 from nvila.gateway.http_services import HttpSettings, Services
 from nvila.gateway.request import RequestLimits
 from nvila.gateway.scratch import Scratch
+from nvila.gateway.uploads import UploadLimits, Uploads
 from nvila.model.estimate import RequestCost, request_cost
 from nvila.telemetry.metrics import Metrics
 from nvila.types import (
@@ -185,12 +186,14 @@ async def serving(
     metrics = Metrics()
     scratch = Scratch(folder / "scratch")
     files = FileStore(folder / "files", scratch)
+    uploads = Uploads(folder / "uploads", files, scratch, UploadLimits(file_bytes=1 << 20, silence_s=1))
     front = Front(pipeline=pipeline, admission=admission, files=files, limits=limits, metrics=metrics)
     services = Services(
         front=front,
         files=files,
         scratch=scratch,
         uploads=Admission(permits=2, queue=2, wait_s=5),
+        resumable=uploads,
         health=_Health(),
         metrics=metrics,
     )

@@ -32,6 +32,7 @@ from nvila.gateway.pipeline import Pipeline, PipelineLimits
 from nvila.gateway.request import RequestLimits
 from nvila.gateway.scratch import Scratch
 from nvila.gateway.settings import GatewaySettings
+from nvila.gateway.uploads import UploadLimits, Uploads
 from nvila.telemetry import logs, names, tracing
 from nvila.telemetry.logs import fields
 from nvila.telemetry.metrics import Metrics
@@ -43,6 +44,7 @@ from nvila.vision.client import VisionClient
 _log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 1.0
+_SWEEP_EVERY_S = 60.0
 _LONGEST_HEADERS_BYTES = 32 << 10
 
 
@@ -99,6 +101,9 @@ async def _open(settings: GatewaySettings, keys: ApiKeys, opened: AsyncExitStack
     scratch = Scratch(settings.data_dir / "scratch")
     opened.callback(scratch.close)
     files = FileStore(settings.data_dir / "files", scratch)
+    resumable = Uploads(
+        settings.data_dir / "uploads", files, scratch, UploadLimits(file_bytes=settings.max_media_bytes)
+    )
     fetcher = MediaFetcher(
         files=files,
         scratch=scratch,
@@ -153,14 +158,16 @@ async def _open(settings: GatewaySettings, keys: ApiKeys, opened: AsyncExitStack
     health = Health(pipeline, vision)
     gauges = Gauges(pool, store, metrics)
     await opened.enter_async_context(
-        _regularly(health.look, gauges.show, lambda: grpc_server.show_ready(health.is_ready))
+        _regularly(_LOOK_EVERY_S, health.look, gauges.show, lambda: grpc_server.show_ready(health.is_ready))
     )
+    await opened.enter_async_context(_regularly(_SWEEP_EVERY_S, resumable.sweep))
     _log.info("gateway started", extra=fields(grpc_port=grpc_server.port, tenants_need_keys=settings.auth != "none"))
     return Services(
         front=front,
         files=files,
         scratch=scratch,
         uploads=Admission(permits=settings.max_uploads, queue=settings.max_queue, wait_s=settings.queue_timeout_s),
+        resumable=resumable,
         health=health,
         metrics=metrics,
     )
@@ -219,8 +226,8 @@ class Gauges:
 
 
 @asynccontextmanager
-async def _regularly(*looks: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
-    """Do all of these each second, in order, for the length of the block."""
+async def _regularly(every_s: float, *looks: Callable[[], Awaitable[None]]) -> AsyncIterator[None]:
+    """Do all of these, in order, now and every `every_s`, for the length of the block."""
 
     async def keep_looking() -> None:
         while True:
@@ -229,7 +236,7 @@ async def _regularly(*looks: Callable[[], Awaitable[None]]) -> AsyncIterator[Non
                     await look()
                 except Exception:
                     _log.exception("a regular look failed")
-            await asyncio.sleep(_LOOK_EVERY_S)
+            await asyncio.sleep(every_s)
 
     task = asyncio.create_task(keep_looking())
     try:

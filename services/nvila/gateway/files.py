@@ -27,9 +27,10 @@ from nvila.types import MediaKind
 
 PURPOSES = ("vision", "user_data", "assistants")
 FILE_PREFIX = "file-"
+TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
+"""How a tenant may be called: its name is that of a folder."""
 
 _ID = re.compile(r"file-[0-9a-f]{32}")
-_TENANT = re.compile(r"[a-z0-9][a-z0-9-]{0,62}")
 _LONGEST_NAME = 255
 _SPARE_BYTES = 256 << 20
 """Disk space that uploads leave free."""
@@ -69,8 +70,12 @@ class FileStore:
         if size_bytes + _SPARE_BYTES > free:
             raise Unavailable("there is no room for this file on the server's disk")
 
-    async def add(self, tenant: str, content: Spooled, *, filename: str, purpose: str) -> StoredFile:
-        """Keep a spooled file, which is moved. Raises `InvalidRequest` for an empty one or an unknown purpose."""
+    async def add(
+        self, tenant: str, content: Spooled, *, filename: str, purpose: str, file_id: str | None = None
+    ) -> StoredFile:
+        """Keep a spooled file, which is moved. `file_id`: one that was promised before.
+
+        Raises `InvalidRequest` for an empty one or an unknown purpose."""
         if purpose not in PURPOSES:
             raise InvalidRequest(
                 f"purpose: {purpose[:64]!r} given, must be one of {', '.join(PURPOSES)}", param="purpose"
@@ -78,7 +83,7 @@ class FileStore:
         if not content.size_bytes:
             raise InvalidRequest("the file is empty", param="file")
         file = StoredFile(
-            id=FILE_PREFIX + secrets.token_hex(16),
+            id=file_id or FILE_PREFIX + secrets.token_hex(16),
             filename=plain_name(filename),
             purpose=purpose,
             kind=look_at(content.head),
@@ -128,7 +133,7 @@ class FileStore:
             path.unlink(missing_ok=True)
 
     def _tenant_folder(self, tenant: str) -> Path:
-        assert _TENANT.fullmatch(tenant), "tenants are checked where keys are read"
+        assert TENANT.fullmatch(tenant), "tenants are checked where keys are read"
         return self._folder / tenant
 
     def _file_folder(self, tenant: str, file_id: str) -> Path:

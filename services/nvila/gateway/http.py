@@ -15,7 +15,7 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from nvila.errors import NotFound, NvilaError
-from nvila.gateway import http_estimate, http_files, schema
+from nvila.gateway import http_estimate, http_files, http_uploads, schema
 from nvila.gateway.auth import ApiKeys
 from nvila.gateway.chat import ChatResponse
 from nvila.gateway.front import Front
@@ -48,7 +48,9 @@ def create_app(keys: ApiKeys, settings: HttpSettings, open_services: OpenService
             yield State(services=services)
 
     def limit_bytes(path: str) -> int:
-        return settings.media_bytes + _FORM_BYTES if path == http_files.PATH else settings.body_bytes
+        if path == http_files.PATH:
+            return settings.media_bytes + _FORM_BYTES
+        return settings.media_bytes if path.startswith(f"{http_uploads.PATH}/") else settings.body_bytes
 
     app = FastAPI(
         title="nvila",
@@ -67,6 +69,7 @@ def create_app(keys: ApiKeys, settings: HttpSettings, open_services: OpenService
     )
     _add_chat(app, settings)
     http_files.add_files(app, settings)
+    http_uploads.add_uploads(app)
     _add_health(app)
     if settings.docs:
         add_docs(app)

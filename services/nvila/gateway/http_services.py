@@ -12,6 +12,7 @@ from nvila.gateway.admission import Admission
 from nvila.gateway.files import FileStore
 from nvila.gateway.front import Front
 from nvila.gateway.scratch import Scratch
+from nvila.gateway.uploads import Uploads
 from nvila.telemetry.metrics import Metrics
 
 
@@ -35,12 +36,13 @@ class HttpSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Services:
-    """What the routes use; made by `app.py`, kept in the app's lifespan state."""
+    """What the routes use; made by `app.py`, kept in the app's lifespan state. `uploads`: permits, of both kinds."""
 
     front: Front
     files: FileStore
     scratch: Scratch
     uploads: Admission
+    resumable: Uploads
     health: Health
     metrics: Metrics
 
