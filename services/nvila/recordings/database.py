@@ -1,0 +1,149 @@
+"""The database that holds recordings and jobs: how it is opened, brought up to date, and written in one transaction.
+
+SQLite by default (one file on a local disk, any number of processes on one host), PostgreSQL in production. What is
+stored where is said in `schema.py`; `store.py` and `jobs.py` ask the questions.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import alembic.command
+import alembic.config
+from sqlalchemy import URL, Connection, Table, event, exc, make_url, text
+from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+
+from nvila.errors import Unavailable
+
+_DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}
+_MIGRATIONS_LOCK = 0x6E76_696C_61  # "nvila": the key of PostgreSQL's advisory lock; any constant would do
+_AWAY = (exc.OperationalError, exc.InterfaceError, exc.TimeoutError)
+
+Insert = sqlite.Insert | postgresql.Insert
+
+
+class Database:
+    """Connections to one database. `open` neither connects nor creates anything; `migrate` does, once, at start."""
+
+    def __init__(self, engine: AsyncEngine) -> None:
+        self._engine = engine
+
+    @classmethod
+    def open(cls, url: str, *, wait_s: float = 20.0, connections: int = 8) -> Database:
+        """`url`: sqlite:///folder/file.db or postgresql://user:password@host/database. `wait_s`: how long an operation
+        waits for its turn (another writer, a free connection) before it raises `Unavailable`."""
+        address = _with_driver(url)
+        connect: dict[str, Any] = {"timeout": wait_s} if _is_sqlite(address) else {"connect_timeout": round(wait_s)}
+        engine = create_async_engine(
+            address,
+            connect_args=connect,
+            pool_size=connections,
+            max_overflow=0,
+            pool_timeout=wait_s,
+            pool_pre_ping=not _is_sqlite(address),
+            json_serializer=to_json,
+        )
+        if _is_sqlite(address):
+            event.listen(engine.sync_engine, "connect", partial(_prepare_sqlite, wait_s=wait_s))
+            event.listen(engine.sync_engine, "begin", _begin_sqlite)
+        return cls(engine)
+
+    @property
+    def is_sqlite(self) -> bool:
+        return _is_sqlite(self._engine.url)
+
+    async def migrate(self) -> None:
+        """Bring the tables to this program's version. Processes that start together do it one after the other; a
+        process that dies half-way leaves everything as it was."""
+        if self.is_sqlite and self._engine.url.database:
+            await asyncio.to_thread(Path(self._engine.url.database).parent.mkdir, parents=True, exist_ok=True)
+        async with self.write() as connection:
+            if not self.is_sqlite:
+                await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATIONS_LOCK})
+            await connection.run_sync(_upgrade)
+
+    @asynccontextmanager
+    async def read(self) -> AsyncIterator[AsyncConnection]:
+        """One transaction that only reads; on SQLite it never waits for a writer."""
+        try:
+            async with self._engine.connect() as connection:
+                yield connection
+        except _AWAY as error:
+            raise Unavailable("the database of recordings does not answer") from error
+
+    @asynccontextmanager
+    async def write(self) -> AsyncIterator[AsyncConnection]:
+        """One transaction that writes, committed at the end of the block, undone when the block raises. On SQLite it
+        is the only one of all processes from its first moment, so that what it has read stays true."""
+        try:
+            async with self._engine.connect() as connection:
+                await connection.execution_options(nvila_writes=True)
+                async with connection.begin():
+                    yield connection
+        except _AWAY as error:
+            raise Unavailable("the database of recordings does not answer") from error
+
+    def insert(self, table: Table) -> Insert:
+        """An INSERT that can say what happens on a conflict, in this database's dialect."""
+        return sqlite.insert(table) if self.is_sqlite else postgresql.insert(table)
+
+    async def ping(self) -> None:
+        """Raises `Unavailable` when the database does not answer."""
+        async with self.read() as connection:
+            await connection.execute(text("SELECT 1"))
+
+    async def close(self) -> None:
+        await self._engine.dispose()
+
+
+def to_json(value: Any) -> str:
+    """Compact and canonical: equal values have equal texts. Refuses NaN and infinities, which JSON does not have."""
+    return json.dumps(value, separators=(",", ":"), sort_keys=True, allow_nan=False, ensure_ascii=False)
+
+
+def _with_driver(url: str) -> URL:
+    address = make_url(url)
+    backend = address.get_backend_name()
+    if backend == "postgres":
+        backend = "postgresql"
+    if backend not in _DRIVERS:
+        raise ValueError(f"database URL: expected sqlite:///… or postgresql://…, got {backend}://…")
+    return address.set(drivername=_DRIVERS[backend])
+
+
+def _is_sqlite(address: URL) -> bool:
+    return address.get_backend_name() == "sqlite"
+
+
+def _prepare_sqlite(connection: Any, _record: object, *, wait_s: float) -> None:
+    """Per connection. FULL: what was committed survives a loss of power too, at one fsync per transaction."""
+    connection.isolation_level = None  # transactions begin where `_begin_sqlite` says, not where the driver guesses
+    cursor = connection.cursor()
+    for pragma in (
+        f"busy_timeout={round(wait_s * 1000)}",
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "foreign_keys=ON",
+    ):
+        cursor.execute(f"PRAGMA {pragma}")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    """A writer takes the lock at once: a transaction that reads first and then finds that it must wait would fail."""
+    writes = connection.get_execution_options().get("nvila_writes", False)
+    connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _upgrade(connection: Connection) -> None:
+    config = alembic.config.Config()
+    config.set_main_option("script_location", "nvila.recordings:migrations")
+    config.attributes["connection"] = connection
+    alembic.command.upgrade(config, "head")
