@@ -138,3 +138,40 @@ def test_a_policy_that_means_nothing_is_refused_and_the_field_named(policy: Chun
 def test_a_policy_over_a_limit_is_refused_with_both_numbers(policy: ChunkPolicy) -> None:
     with pytest.raises(LimitExceeded, match=r"asked, at most"):
         cut.check_policy(policy)
+
+
+def film(segment: int, start_s: float, frames: int, fps: float = 10.0, **more: object) -> cut.Footage:
+    times_s = start_s + np.arange(frames) / fps
+    return cut.Footage(segment=segment, start_s=start_s, end_s=start_s + frames / fps, times_s=times_s, **more)  # type: ignore[arg-type]  # holes only
+
+
+def test_a_chunk_takes_the_frame_on_show_at_each_instant() -> None:
+    chunk = cut.plan_chunk(ChunkPolicy(fps=2.0, chunk_s=4.0), 1, [film(0, 0.0, 100)], group=8)
+    assert (chunk.start_s, chunk.end_s, chunk.missing_s) == (4.0, 8.0, ())
+    (group,) = chunk.groups
+    assert group.instants_s == (4.0, 4.5, 5.0, 5.5, 6.0, 6.5, 7.0, 7.5)
+    assert group.indices == (40, 45, 50, 55, 60, 65, 70, 75)
+    assert not any(group.is_still)
+
+
+def test_a_group_crosses_neither_a_chunk_nor_a_segment() -> None:
+    chunk = cut.plan_chunk(ChunkPolicy(chunk_s=16.0), 0, [film(0, 0.0, 50), film(1, 5.0, 200)], group=8)
+    assert [(group.segment, len(group.indices)) for group in chunk.groups] == [(0, 5), (1, 8), (1, 3)]
+
+
+def test_instants_without_footage_are_missing() -> None:
+    chunk = cut.plan_chunk(ChunkPolicy(chunk_s=12.0), 0, [film(0, 0.0, 30), film(1, 8.0, 100)], group=8)
+    assert chunk.missing_s == (3.0, 4.0, 5.0, 6.0, 7.0)
+
+
+def test_a_hole_in_the_file_is_missing_and_the_recordings_end_is_not() -> None:
+    chunk = cut.plan_chunk(ChunkPolicy(chunk_s=32.0), 0, [film(0, 0.0, 100, holes=((2.5, 4.5),))], 8, duration_s=10.0)
+    assert chunk.missing_s == (3.0, 4.0)
+    assert chunk.end_s == 10.0
+
+
+def test_a_frame_that_is_still_on_show_is_marked_so() -> None:
+    slow = cut.Footage(segment=0, start_s=0.0, end_s=10.0, times_s=np.array([0.0, 2.5, 7.0]))
+    (group,) = cut.plan_chunk(ChunkPolicy(chunk_s=8.0), 0, [slow], 8).groups
+    assert group.indices == (0, 0, 0, 1, 1, 1, 1, 2)
+    assert group.is_still == (False, True, True, False, True, True, True, False)

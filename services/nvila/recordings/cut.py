@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,6 +103,70 @@ def chunk_times(policy: ChunkPolicy, number: int, duration_s: float = math.inf) 
 def cut_groups(count: int, group: int) -> tuple[slice, ...]:
     """Which of a chunk's `count` instants make each group."""
     return tuple(slice(at, min(at + group, count)) for at in range(0, count, group))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Footage:
+    """A segment's frames on the recording's clock. `times_s`: presentation time of every frame, ascending. `end_s`: how
+    long the last one is on show. `holes`: stretches (from, to) that the file should hold and does not."""
+
+    segment: int
+    start_s: float
+    end_s: float
+    times_s: NDArray[np.float64]
+    holes: tuple[tuple[float, float], ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedGroup:
+    """Frames to be decoded together: for each instant its frame. `is_still`: the frame was on show at the instant
+    before already, so that the picture's own time says less than the instant."""
+
+    segment: int
+    instants_s: tuple[float, ...]
+    indices: tuple[int, ...]
+    is_still: tuple[bool, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlannedChunk:
+    """A chunk before it is decoded. `missing_s`: its instants for which there is no footage."""
+
+    number: int
+    start_s: float
+    end_s: float
+    groups: tuple[PlannedGroup, ...]
+    missing_s: tuple[float, ...]
+
+
+def plan_chunk(
+    policy: ChunkPolicy, number: int, footage: Sequence[Footage], group: int, duration_s: float = math.inf
+) -> PlannedChunk:
+    """Which frames a chunk is made of. footage: all segments that reach into the chunk, in order. duration_s: the
+    recording's length when it is known. A group lies in one segment."""
+    start_s, end_s = chunk_span(policy, number)
+    instants_s = chunk_times(policy, number, duration_s)
+    groups: list[PlannedGroup] = []
+    missing_s = set(instants_s)
+    for film in footage:
+        found = frames_on_show(instants_s, film.times_s, film.end_s, film.holes)
+        before = frames_on_show([time_s - 1 / policy.fps for time_s in instants_s], film.times_s, film.end_s)
+        shown = [
+            (time_s, index, index == last)
+            for time_s, index, last in zip(instants_s, found, before, strict=True)
+            if index >= 0 and time_s in missing_s
+        ]
+        missing_s -= {time_s for time_s, _, _ in shown}
+        for part in cut_groups(len(shown), group):
+            times_s, indices, is_still = zip(*shown[part], strict=True)
+            groups.append(PlannedGroup(segment=film.segment, instants_s=times_s, indices=indices, is_still=is_still))
+    return PlannedChunk(
+        number=number,
+        start_s=start_s,
+        end_s=min(end_s, duration_s),
+        groups=tuple(groups),
+        missing_s=tuple(sorted(missing_s)),
+    )
 
 
 def frames_on_show(

@@ -37,6 +37,8 @@ class DecodeLimits:
     """Decode processes."""
     threads: int = 1
     """Decoder threads in each worker."""
+    idle_s: float = 2.0
+    """A worker keeps its last file open this long for the next run; a deleted upload gives its disk back after it."""
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():

@@ -36,9 +36,6 @@ from nvila.video.probe import check_file
 
 log = logging.getLogger("nvila.video.worker")
 
-_IDLE_S = 2.0
-"""An open file is kept this long for its next run; then it is closed, so that a deleted upload gives its disk back."""
-
 
 class Worker:
     """Answers requests one after the other. Keeps the last video open, where its decoder stopped."""
@@ -155,7 +152,7 @@ def main() -> None:
     is_filtered = sandbox.deny_system_calls()
     replies.write(json.dumps({"is_filtered": is_filtered}) + "\n")
     while True:
-        if not select.select([sys.stdin], [], [], _IDLE_S)[0]:
+        if not select.select([sys.stdin], [], [], limits.idle_s)[0]:
             worker.forget()
             continue
         line = sys.stdin.readline()
