@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.timeout(300)]
 
 ENDLESS = SamplingParams(max_tokens=4000, ignore_eos=True)
 TOKEN_WAIT_S = 3.0
-MAX_ONGOING, MAX_QUEUED = 10, 4
+MAX_ONGOING, MAX_QUEUED = 10, 8  # requests on their way to a replica count as queued
 
 
 @pytest.fixture(scope="module")

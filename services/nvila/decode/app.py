@@ -279,6 +279,7 @@ def _serve_until_told() -> bool:
 def _prepare_environment() -> None:
     """What Ray reads from the environment and takes no argument for. Values that the operator has set win."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_worker_niceness", "0")  # replicas serve people; Ray's own choice is 15
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the coming default; else a warning per replica
 
 

@@ -49,8 +49,8 @@ class Sample:
 
     `source` and `index`: the data set and the place in it, which name the sample (and its line, for a JSON file).
     `task`: such as `shapes.count`; the part before the dot is the family that figures are reported by. `metric`: how
-    an answer is judged (train/evaluation/metrics.py); `answers`: all that count as right, the first being the one trained;
-    `choices`: for multiple choice, the options in the order of their letters.
+    an answer is judged (train/evaluation/metrics.py); `answers`: all that count as right, the first being the one that
+    is trained; `choices`: for multiple choice, the options in the order of their letters.
     """
 
     source: str
