@@ -60,12 +60,14 @@ class GroupShape:
 @dataclass(frozen=True, kw_only=True)
 class Budget:
     """Of one model call. `positions`: for the window's tokens. `groups`: blocks of a group's size that one prompt may
-    hold, whatever its length. `text`, `answer`: positions beside them, for the cost. `most_pool`: largest average."""
+    hold, whatever its length. `text`, `answer`: positions beside them, for the cost. `part_text`: positions more, of
+    what a call over a part is told of it. `most_pool`: largest average."""
 
     positions: int
     groups: int
     text: int = 0
     answer: int = 0
+    part_text: int = 0
     most_pool: int = MOST_POOL
 
     @classmethod
@@ -79,14 +81,15 @@ class Budget:
             answer=answer,
         )
 
-    def capacity(self, shape: GroupShape) -> int:
+    def capacity(self, shape: GroupShape, *, is_part: bool = False) -> int:
         """How many blocks fit. Raises `LimitExceeded` when not even one does."""
-        fits = min(self.groups, (self.positions - shape.around) // shape.positions)
+        room = self.positions - (self.part_text if is_part else 0)
+        fits = min(self.groups, (room - shape.around) // shape.positions)
         if fits < 1:
             raise LimitExceeded.of(
                 "visual tokens of one moment of a recording",
                 asked=shape.positions + shape.around,
-                limit=self.positions,
+                limit=max(0, room),
                 param="messages",
             )
         return fits
@@ -147,7 +150,7 @@ def plan_window(
                 left_out = leaves_out and len(places) < len(units)
                 stretch = Stretch(start_s=start_s, end_s=end_s, blocks=blocks, chunks=_chunks(units, whole))
                 return _planned(units, [stretch], pool, left_out, missing_s, budget, shape, config)
-    stretches = _cut(units, start_s, end_s, capacity)
+    stretches = _cut(units, start_s, end_s, budget.capacity(shape, is_part=True))
     shown = sum(len(stretch.blocks) for stretch in stretches)
     return _planned(units, stretches, 1, shown < len(units), missing_s, budget, shape, config)
 
@@ -233,7 +236,7 @@ def _planned(
     blocks = sum(len(stretch.blocks) for stretch in stretches)
     is_map = len(stretches) > 1
     mode = WindowMode.MAP_REDUCE if is_map else WindowMode.FULL if pool == 1 else WindowMode.POOLED
-    flops = sum(cost.prefill_flops(config, size + budget.text) for size in sizes)
+    flops = sum(cost.prefill_flops(config, size + budget.text + (budget.part_text if is_map else 0)) for size in sizes)
     if is_map:
         flops += cost.prefill_flops(config, budget.text + len(stretches) * budget.answer)
     plan = WindowPlan(
@@ -256,7 +259,7 @@ def _planned(
 def _reason(
     mode: WindowMode, groups: int, blocks: int, pool: int, leaves_out: bool, budget: Budget, shape: GroupShape
 ) -> str:
-    capacity = budget.capacity(shape)
+    capacity = budget.capacity(shape, is_part=mode is WindowMode.MAP_REDUCE)
     limit = f"one call takes {capacity:,} of {shape.positions:,} positions"
     static = f"; {blocks:,} are shown, those that look like the one before are not" if leaves_out and pool == 1 else ""
     match mode:

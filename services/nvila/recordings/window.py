@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Protocol
@@ -104,6 +104,18 @@ class OpenWindow:
 
     def _ref(self, run: Run) -> TokensRef:
         return pooled_ref([_ref_of(self.groups[place]) for place in run])
+
+    @property
+    def is_in_parts(self) -> bool:
+        """It needs several calls."""
+        return self.planned.plan.mode is WindowMode.MAP_REDUCE
+
+    def parts(self) -> list[RecordingWindow]:
+        """Its stretches as windows of their own."""
+        return [
+            RecordingWindow(recording_id=self.recording.id, start_s=stretch.start_s, end_s=stretch.end_s)
+            for stretch in self.planned.stretches
+        ]
 
     @property
     def frames(self) -> int:
@@ -376,16 +388,3 @@ def _without_overlap(gaps: Iterable[Gap]) -> Iterator[Gap]:
 def _ref_of(group: Group) -> TokensRef:
     assert group.ref is not None, "a group of a window has tokens"
     return group.ref
-
-
-def is_in_parts(window: OpenWindow) -> bool:
-    """The window needs several calls."""
-    return window.planned.plan.mode is WindowMode.MAP_REDUCE
-
-
-def stretch_windows(window: OpenWindow) -> Mapping[int, RecordingWindow]:
-    """The stretches of a window that needs several calls, as windows of their own, by number."""
-    return {
-        number: RecordingWindow(recording_id=window.recording.id, start_s=stretch.start_s, end_s=stretch.end_s)
-        for number, stretch in enumerate(window.planned.stretches)
-    }
