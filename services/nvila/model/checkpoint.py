@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nvila.errors import InvalidCheckpoint
 from nvila.model.config import NvilaConfig
+from nvila.model.int8_layout import QUANTIZATION, SCALE, int8_linears
 from nvila.model.layouts import Layout, LayoutStyle, Part, read_layout
 from nvila.model.projector import Projector
 from nvila.model.published import read_config
@@ -114,12 +115,18 @@ class Checkpoint:
     # -- weights ----------------------------------------------------------------------------------------------------
 
     def tower_weights(self) -> dict[str, Tensor]:
-        """Parameters of `Tower`, as stored; the position table resampled where the configuration asks for it."""
+        """Parameters of `Tower`, as stored; the position table resampled where the configuration asks for it.
+
+        Of a tower in 8 bits the linears' weights are int8, and their scales are there besides (`model/int8_tower.py`).
+        """
         config = self.config
         with torch.device("meta"):
             shapes = {
                 name: tuple(p.shape) for name, p in Tower(config.tower, config.tower.image_px).state_dict().items()
             }
+        if self.has_int8_tower:
+            names = int8_linears(config.tower.blocks)
+            shapes |= {f"{name}.{SCALE}": (shapes[f"{name}.weight"][0], 1) for name in names}
         skipped = [f"{TOWER_PREFIX}encoder.layers.{i}." for i in range(config.tower.blocks, config.tower.layers)]
         taken = self.layout.weights(Part.TOWER).take(
             {TOWER_PREFIX + name: shape for name, shape in shapes.items()},
@@ -129,6 +136,17 @@ class Checkpoint:
         if config.tower_px != config.tower.image_px:
             weights[POSITIONS] = resize_positions(weights[POSITIONS], config.grid**2)
         return weights
+
+    @property
+    def has_int8_tower(self) -> bool:
+        """Written by `nvila quantize tower`. Raises `InvalidCheckpoint` for any other quantisation."""
+        told = self.layout.tower.get("quantization_config")
+        if told is not None and told != QUANTIZATION:
+            raise InvalidCheckpoint(
+                "the tower is quantised in a way that is not known here: its configuration's quantization_config is "
+                "not that of 8-bit weights per channel and activations per token"
+            )
+        return told is not None
 
     def projector_weights(self) -> dict[str, Tensor]:
         """Parameters of `Projector`, as stored."""

@@ -15,13 +15,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from nvila.errors import InvalidRequest
 from nvila.model.checkpoint import Checkpoint
 from nvila.model.compress import pool_levels
 from nvila.model.config import ImageMode, NvilaConfig
 from nvila.model.dynamic_s2 import BlockSize, merge_scales, project_map
+from nvila.model.int8_tower import Int8Ops, Int8Tower, choose_ops
 from nvila.model.mapped import compute_in
 from nvila.model.preprocess import pixel_values, split_frames, split_image
 from nvila.model.projector import Projector
@@ -52,7 +53,7 @@ class Prepared:
 class VisionEncoder:
     """Tower and projector of one checkpoint on one device."""
 
-    def __init__(self, config: NvilaConfig, tower: Tower, projector: Projector) -> None:
+    def __init__(self, config: NvilaConfig, tower: Tower | Int8Tower, projector: Projector) -> None:
         self.config = config
         self._tower = tower.eval().requires_grad_(False)
         self._projector = projector.eval().requires_grad_(False)
@@ -63,27 +64,41 @@ class VisionEncoder:
     ) -> VisionEncoder:
         """Weights of a checkpoint folder or hub id, memory-mapped where the device allows; arithmetic in `dtype`.
 
-        Float32 arithmetic on a processor leaves 16-bit weights as they are stored (`model/mapped.py`). Raises
-        `InvalidCheckpoint`.
+        Float32 arithmetic on a processor leaves 16-bit weights as they are stored (`model/mapped.py`). A tower stored
+        in 8 bits computes its linears so (`model/int8_tower.py`). Raises `InvalidCheckpoint`.
         """
         return cls.from_checkpoint(Checkpoint.open(path), device, dtype)
 
     @classmethod
     def from_checkpoint(
-        cls, checkpoint: Checkpoint, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        checkpoint: Checkpoint,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        ops: Int8Ops | None = None,
     ) -> VisionEncoder:
-        config = checkpoint.config
+        """`ops`: the arithmetic of a tower in 8 bits, where it is not to be chosen here."""
+        config, device = checkpoint.config, torch.device(device)
+        tower: Tower | Int8Tower
+        if checkpoint.has_int8_tower:
+            ops = ops or choose_ops(device, config.tower)
+            weights = checkpoint.tower_weights()
+            tower = Int8Tower(config.tower, config.tower_px, weights, ops, device=device, dtype=dtype)
+        else:
+            with torch.device("meta"):
+                tower = Tower(config.tower, config.tower_px)
+            tower.load(checkpoint.tower_weights())
+            _bring(tower, device, dtype)
         with torch.device("meta"):
-            tower = Tower(config.tower, config.tower_px)
             projector = Projector.of(config)
-        tower.load(checkpoint.tower_weights())
         projector.load_state_dict(checkpoint.projector_weights(), strict=True, assign=True)
-        for module in (tower, projector):
-            if torch.device(device).type == "cpu":
-                compute_in(module, dtype)
-            else:
-                module.to(device=device, dtype=dtype)
+        _bring(projector, device, dtype)
         return cls(config, tower, projector)
+
+    @property
+    def arithmetic(self) -> str:
+        """Of the tower's linears, where they are in 8 bits: what computes them; else empty."""
+        return self._tower.arithmetic if isinstance(self._tower, Int8Tower) else ""
 
     def prepare(self, frames_FHWC: NDArray[np.uint8], settings: EncodeSettings) -> Prepared:
         """Tiles and pixel values of one image (F = 1, any size) or a run of video frames. CPU only."""
@@ -127,6 +142,13 @@ class VisionEncoder:
         config = self.config
         run_tiles = max(1, TOWER_TILES * config.grid**2 // config.map_grid**2)
         return torch.cat([self._projector(run) for run in torch.split(x_NTC, run_tiles)])
+
+
+def _bring(module: nn.Module, device: torch.device, dtype: torch.dtype) -> None:
+    if device.type == "cpu":
+        compute_in(module, dtype)
+    else:
+        module.to(device=device, dtype=dtype)
 
 
 def tower_features(config: NvilaConfig, pixels_N3SS: Tensor, tower: Callable[[Tensor], Tensor]) -> Tensor:

@@ -20,17 +20,7 @@ class Tower(nn.Module):
 
     def __init__(self, config: TowerConfig, tile_px: int, attention: str = "sdpa") -> None:
         super().__init__()
-        siglip = SiglipVisionConfig(
-            hidden_size=config.width,
-            intermediate_size=config.mlp_width,
-            num_hidden_layers=config.blocks,
-            num_attention_heads=config.heads,
-            image_size=tile_px,
-            patch_size=config.patch_px,
-            layer_norm_eps=config.norm_eps,
-            hidden_act="gelu_pytorch_tanh",
-            attn_implementation=attention,
-        )
+        siglip = siglip_config(config, tile_px, attention)
         self.embeddings = SiglipVisionEmbeddings(siglip)
         self.encoder = SiglipEncoder(siglip)
 
@@ -46,6 +36,21 @@ class Tower(nn.Module):
         self.load_state_dict(weights, strict=True, assign=True)
         positions = self.embeddings.num_positions
         self.embeddings.position_ids = torch.arange(positions).expand(1, -1)
+
+
+def siglip_config(config: TowerConfig, tile_px: int, attention: str = "sdpa") -> SiglipVisionConfig:
+    """In the words of `transformers`, for the blocks that are computed."""
+    return SiglipVisionConfig(
+        hidden_size=config.width,
+        intermediate_size=config.mlp_width,
+        num_hidden_layers=config.blocks,
+        num_attention_heads=config.heads,
+        image_size=tile_px,
+        patch_size=config.patch_px,
+        layer_norm_eps=config.norm_eps,
+        hidden_act="gelu_pytorch_tanh",
+        attn_implementation=attention,
+    )
 
 
 def resize_positions(table_TC: Tensor, tokens: int) -> Tensor:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import Qwen2ForCausalLM
 
+from nvila.errors import InvalidCheckpoint
 from nvila.model.checkpoint import Checkpoint
 from nvila.model.encoder import visual_tokens
 from nvila.model.preprocess import pixel_values
@@ -107,6 +108,8 @@ class TrainableNvila(nn.Module):
     def load(cls, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> TrainableNvila:
         """Own float32 copies of a checkpoint's weights. Raises `InvalidCheckpoint`."""
         config = checkpoint.config
+        if checkpoint.has_int8_tower:
+            raise InvalidCheckpoint(f"{checkpoint.name} has a tower in 8 bits; train its original, and quantise that")
         tower, projector = Tower(config.tower, config.tile_px), Projector.of(config)
         tower.load_state_dict(_own(checkpoint.tower_weights()), strict=True)
         projector.load_state_dict(_own(checkpoint.projector_weights()), strict=True)

@@ -22,6 +22,10 @@ class Settings(BaseSettings):
     dtype: Literal["auto", "float32", "float16", "bfloat16"] = "auto"
     """Arithmetic of tower and projector. `auto`: float16 on a GPU, as the reference computes (NVILA-SPEC §6.7), float32
     on a processor (DESIGN §7)."""
+    precision: Literal["auto", "int8"] = "auto"
+    """Of the tower. `auto`: as the checkpoint stores it; one of `nvila quantize tower` computes in 8 bits, where the
+    device has no instructions for that the same numbers in `dtype`, and the log says so. `int8`: refuse to start
+    unless the checkpoint is in 8 bits and they are the faster way on this device."""
     cpu_threads: int = Field(default=0, ge=0)
     """Threads of arithmetic on a processor; 0: what the environment says (OMP_NUM_THREADS), else one per core."""
 

@@ -78,7 +78,7 @@ class ModelAnswerer:
         places: list[int] = []
         for place, sample in enumerate(samples):
             try:
-                prompts.append(self._prompt(sample))
+                prompts.append(self.embed(sample))
                 places.append(place)
                 said.append("")
             except InvalidRequest as error:
@@ -88,8 +88,8 @@ class ModelAnswerer:
                 said[place] = text
         return said
 
-    def _prompt(self, sample: Sample) -> Tensor:
-        """Input embeddings (P, D)."""
+    def embed(self, sample: Sample, *, is_answered: bool = False) -> Tensor:
+        """Input embeddings (P, D) of what is asked, or of the whole conversation. Raises `InvalidRequest`."""
         media, values_by_key = [], {}
         is_single = sum(item.kind is MediaKind.IMAGE for item in sample.media) == 1
         for number, item in enumerate(sample.media):
@@ -107,7 +107,8 @@ class ModelAnswerer:
             values_by_key[key] = values_TD
             ref = TokensRef(key=key, levels=levels)
             media.append(PromptMedia(kind=item.kind, is_tiled=settings.is_tiled, records=(ref,)))
-        layout = lay_out(sample.prompt, media, self._tokenizer, self.config)
+        messages = sample.messages if is_answered else sample.prompt
+        layout = lay_out(messages, media, self._tokenizer, self.config, add_generation_prompt=not is_answered)
         if layout.usage.total + self._max_tokens > self.config.max_positions:
             raise LimitExceeded.of("prompt positions", asked=layout.usage.total, limit=self.config.max_positions)
         return splice(layout.segments, self._embed, values_by_key)

@@ -1,0 +1,1 @@
+"""Checkpoints made smaller, and what is refused."""
