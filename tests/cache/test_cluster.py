@@ -19,13 +19,12 @@ from tests.cache.redis_cluster import RedisCluster
 from tests.cache.redis_server import RedisServer
 from tests.cache.test_store import FORM, every_operation_is_a_miss, make_record, sample
 
-_RULES = (
-    "~nvila:* -@all +exists +set +get +getex +eval +pexpire +unlink +info +cluster|slots +asking"  # as NOTES.txt says
-)
+RULES = "~nvila:* -@all +exists +set +get +getex +eval +pexpire +unlink +info +cluster|slots +asking"
+"""Of the gateway, as the chart's NOTES print them (a test compares)."""
 
 
 def _cluster(folder: Path) -> Iterator[RedisCluster]:
-    servers = RedisCluster(folder, user_rules=_RULES)
+    servers = RedisCluster(folder, user_rules=RULES)
     try:
         servers.form()
         yield servers

@@ -26,6 +26,7 @@ from nvila.capacity.rules import (
     Rules,
     from_values,
 )
+from nvila.decode.settings import Settings
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray 2.60 declares fields in a way that pydantic deprecates
@@ -51,6 +52,11 @@ DECODE_KEDA_OF_CHART = replace(DECODE_KEDA, down_share=DECODE_RAY.down_share)  #
 def test_the_defaults_as_values_are_the_charts() -> None:
     for kind in ("ray", "keda"):
         assert from_values(rules.as_values(), kind) == from_values(_values(), kind)
+
+
+def test_a_replica_takes_on_what_the_values_say_or_the_program_does() -> None:
+    assert rules.most_ongoing(_values()) == Settings(model=Path("m")).max_ongoing_requests
+    assert rules.most_ongoing({"decode": {"settings": {"max_ongoing_requests": 96}}}) == 96
 
 
 def test_the_charts_looks_in_vain_and_windows_are_those_simulated() -> None:

@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from nvila.cache.servers import Cluster, connect
+from nvila.gateway.settings import GatewaySettings
 from tests.charts.helm import PROFILES, Rendered, container, environment, pod_of, render
 
 FULL: dict[str, Any] = {
@@ -99,6 +101,21 @@ def test_redis_over_tls_is_verified_with_the_given_authority() -> None:
         (volume,) = [one for one in pod["volumes"] if one["name"] == mount["name"]]
         assert volume["secret"]["items"] == [{"key": "ca.crt", "path": "ca.crt"}]
     assert "port 0\ntls-port 6379" in rendered.get("ConfigMap", "redis")["data"]["redis.conf"]
+
+
+@pytest.mark.parametrize("has_tls", [False, True])
+@pytest.mark.parametrize("is_cluster", [False, True])
+def test_the_programs_can_read_the_address_of_an_external_redis(has_tls: bool, is_cluster: bool) -> None:
+    external = {"host": "redis.example.com", "port": 6380, "cluster": is_cluster}
+    redis = {"enabled": False, "external": external, "auth": {"existingSecret": "s"}}
+    rendered = render({"redis": redis | {"tls": {"enabled": has_tls, "existingSecret": "ca"}}})
+    for part in ("gateway", "vision", "decode"):
+        url = environment(container(pod_of(rendered, part)))[f"NVILA_{part.upper()}_REDIS_URL"]
+        servers = connect(url, timeout_s=1)
+        assert isinstance(servers, Cluster) is is_cluster
+        assert url.split("://")[0] == f"redis{'s' if has_tls else ''}{'+cluster' if is_cluster else ''}"
+    url = environment(container(pod_of(rendered, "gateway")))["NVILA_GATEWAY_REDIS_URL"]
+    assert GatewaySettings(auth="none", redis_url=url).redis_url == url
 
 
 # -- network

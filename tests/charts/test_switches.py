@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from importlib.metadata import version
 from typing import Any
 
 import pytest
 import yaml
 
+from tests.cache.test_cluster import RULES as CLUSTER_RULES
 from tests.charts.helm import CHART, Rendered, container, environment, pod_of, render, run
 
 ROUTE = {"enabled": True, "parentRefs": [{"name": "g"}]}
@@ -253,6 +255,20 @@ def test_an_empty_pool_is_woken_by_a_request_that_the_gateway_holds_for_long_eno
     assert gateway["readinessProbe"]["httpGet"]["path"] == "/health/live"
 
 
+def test_lost_metrics_of_a_pool_that_may_sleep_are_not_taken_for_an_empty_pool() -> None:
+    sleepy = {"autoscaling": {"kind": "keda", "scaleToZero": {"enabled": True}}}
+    rendered = render({"vision": sleepy, "monitoring": {"rules": True}})
+    triggers = _triggers(rendered, "vision")
+    for name in ("backlog", "busy"):
+        assert re.search(
+            r" or \(vector\(0\) unless on\(\) \(up\{.*\} == 0 and max_over_time\(up\{.*\}\[1h\]\) == 1\)\)$",
+            triggers[name]["query"],
+        )
+    (rule,) = rendered.all("PrometheusRule")
+    alerts = {one["alert"]: one["expr"] for group in rule["spec"]["groups"] for one in group["rules"]}
+    assert alerts["NvilaVisionMissing"].startswith("max(up{")
+
+
 # -- Ray
 
 
@@ -382,6 +398,14 @@ def test_notes_say_what_is_unsafe_or_needs_a_hand() -> None:
     notes = notes.split("NOTES:")[1]
     for said in ("everybody who can reach", "no TLS", "known to the pod", "ACL SETUSER gateway"):
         assert said in notes
+
+
+def test_notes_give_users_of_an_external_redis_the_rights_that_the_programs_need() -> None:
+    external = ("redis.enabled=false", "redis.external.host=h", "redis.auth.existingSecret=s")
+    told = _notes(*external, "redis.external.cluster=true").splitlines()
+    (gateway,) = [line for line in told if "ACL SETUSER gateway" in line]
+    assert gateway.endswith(CLUSTER_RULES)
+    assert "+asking" not in _notes(*external)
 
 
 def test_extra_objects_may_use_values_of_the_release() -> None:

@@ -112,6 +112,9 @@ labels:
 {{- if and (not $v.redis.enabled) (empty $v.redis.auth.existingSecret) }}
 {{- fail "redis.external needs redis.auth.existingSecret, with the passwords of its users" }}
 {{- end }}
+{{- if and $v.redis.external.cluster $v.redis.external.database }}
+{{- fail (printf "redis.external.cluster: a Redis Cluster has database 0 only, and redis.external.database is %d" (int $v.redis.external.database)) }}
+{{- end }}
 {{- if and $v.redis.tls.enabled (empty $v.redis.tls.existingSecret) }}
 {{- fail "redis.tls.enabled needs redis.tls.existingSecret, with its certificates" }}
 {{- end }}

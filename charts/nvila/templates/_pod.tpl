@@ -142,6 +142,9 @@ topologySpreadConstraints:
 {{- $role := index . 1 }}
 {{- $redis := $root.Values.redis }}
 {{- $scheme := $redis.tls.enabled | ternary "rediss" "redis" }}
+{{- if and (not $redis.enabled) $redis.external.cluster }}
+{{- $scheme = printf "%s+cluster" $scheme }}
+{{- end }}
 {{- $query := $redis.tls.enabled | ternary "?ssl_ca_certs=/etc/nvila/redis-ca/ca.crt" "" }}
 {{- $user := $redis.enabled | ternary $role (get $redis.external.users $role) }}
 {{- $host := $redis.enabled | ternary (include "nvila.host" (list $root "redis")) $redis.external.host }}

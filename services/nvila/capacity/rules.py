@@ -16,6 +16,8 @@ from typing import Any, Self
 
 TOLERANCE = 0.1
 """The autoscaler lets a metric be off by this share before it acts (Kubernetes' default)."""
+MOST_ONGOING = 32
+"""Requests that a decode replica takes on (`max_ongoing_requests` in decode/settings.py, a test compares)."""
 LOOKS_IN_VAIN = 3
 """Failed looks after which KEDA falls back (`fallback.failureThreshold` in the chart)."""
 
@@ -81,6 +83,11 @@ def from_values(values: Mapping[str, Any], decode_kind: str = "") -> tuple[Rules
         if ray
         else Rules.of(decode, "keda", {BACKLOG: "targetBacklogSeconds", RUNNING: "targetRunning"}),
     )
+
+
+def most_ongoing(values: Mapping[str, Any]) -> int:
+    """Requests that a decode replica takes on, as a chart's values have it."""
+    return int((values["decode"].get("settings") or {}).get("max_ongoing_requests", MOST_ONGOING))
 
 
 def merged(defaults: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:

@@ -229,7 +229,7 @@ def _plan(args: argparse.Namespace) -> Plan:
         decode=decode,
         vision_start_s=args.vision_start,
         decode_start_s=args.decode_start,
-        most_ongoing=args.max_ongoing,
+        most_ongoing=args.max_ongoing or rules.most_ongoing(values),
         missing=tuple(_span(text) for text in args.metrics_missing),
     )
 

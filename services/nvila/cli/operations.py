@@ -34,7 +34,9 @@ def capacity(verb: argparse.ArgumentParser) -> None:
         "--vision-start", type=float, default=60, metavar="S", help="until a pod is ready (%(default)s)"
     )
     simulate.add_argument("--decode-start", type=float, default=120, metavar="S", help="likewise (%(default)s)")
-    simulate.add_argument("--max-ongoing", type=int, default=32, metavar="N", help="requests of one decode replica")
+    simulate.add_argument(
+        "--max-ongoing", type=int, metavar="N", help="requests of one decode replica (default: as the values have it)"
+    )
     simulate.add_argument("--scale-to-zero", action="store_true", help="let the vision pool sleep")
     simulate.add_argument(
         "--metrics-missing", action="append", default=[], metavar="A-B", help="seconds in which no metrics come"
