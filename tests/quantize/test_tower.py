@@ -133,7 +133,7 @@ def test_a_weight_that_is_no_number_is_named(data: Data, tmp_path: Path) -> None
 def test_a_tower_in_8_bits_is_not_quantised_again_nor_trained(made: Made, data: Data, tmp_path: Path) -> None:
     with pytest.raises(InvalidCheckpoint, match="in 8 bits already"):
         refused(_opened(made), data, tmp_path / "out")
-    with pytest.raises(InvalidCheckpoint, match="train its original"):
+    with pytest.raises(InvalidCheckpoint, match="is quantised; train its original"):
         TrainableNvila.load(_opened(made))
 
 

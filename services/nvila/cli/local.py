@@ -221,7 +221,7 @@ def _decode_service(checkpoint: Checkpoint, store: LocalTokenStore, metrics: Met
     form = RecordFormat(width=config.llm_width, dtype=token_dtype, vision_revision=checkpoint.vision_revision)
     engine = TransformersEngine(
         EngineModel(
-            llm_path=checkpoint.llm_path,
+            llm_path=checkpoint.dense_llm_path,
             dtype=dtype,
             max_model_len=max_model_len,
             stop_ids=checkpoint.stop_ids,

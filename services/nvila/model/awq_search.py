@@ -89,7 +89,7 @@ def scale_groups(layer: nn.Module) -> list[ScaleGroup]:
     values = ScaleGroup("self_attn.v_proj", ("self_attn.o_proj",), "self_attn.o_proj")
     up = ScaleGroup("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj"), "mlp")
     down = ScaleGroup("mlp.up_proj", ("mlp.down_proj",), "mlp.down_proj")
-    is_plain = _linear(layer, values.before).weight.shape == _linear(layer, "self_attn.o_proj").weight.shape
+    is_plain = linear_named(layer, values.before).weight.shape == linear_named(layer, "self_attn.o_proj").weight.shape
     return [attention, values, up, down] if is_plain else [attention, up, down]
 
 
@@ -133,7 +133,7 @@ def search_scales(
             first: Tensor = out[0] if isinstance(out, tuple) else out
             return first
 
-        weights = [_linear(layer, name).weight for name in scales.linears]
+        weights = [linear_named(layer, name).weight for name in scales.linears]
         found.append((scales, search_scale(output, weights, x_BPI, group)))
     return found
 
@@ -149,7 +149,7 @@ def fold_scale(layer: nn.Module, scales: ScaleGroup, scale_I: Tensor, inputs: di
     if getattr(before, "bias", None) is not None:
         before.bias[-len(scale_I) :].div_(scale_I)
     for name in scales.linears:
-        _linear(layer, name).weight.mul_(scale_I)
+        linear_named(layer, name).weight.mul_(scale_I)
         inputs[name] = inputs[name] / scale_I
 
 
@@ -157,7 +157,7 @@ def fold_scale(layer: nn.Module, scales: ScaleGroup, scale_I: Tensor, inputs: di
 def search_clips(layer: nn.Module, inputs: Mapping[str, Tensor], group: int = GROUP) -> dict[str, ClipSearch]:
     """For every linear that is clipped, by name. Call it after folding."""
     clipped = [name for name in inputs if not name.endswith(NOT_CLIPPED)]
-    return {name: search_clip(_linear(layer, name).weight, inputs[name].flatten(0, -2), group) for name in clipped}
+    return {name: search_clip(linear_named(layer, name).weight, inputs[name].flatten(0, -2), group) for name in clipped}
 
 
 @torch.no_grad()
@@ -170,7 +170,8 @@ def quantise_layer(layer: nn.Module, limits_OG_by_name: Mapping[str, Tensor], gr
             module.weight.copy_(fake_quantise(weight_OI, group))
 
 
-def _linear(layer: nn.Module, name: str) -> nn.Linear:
+def linear_named(layer: nn.Module, name: str) -> nn.Linear:
+    """Raises `InvalidRequest` for a module of another kind."""
     module = layer.get_submodule(name)
     if not isinstance(module, nn.Linear):
         raise InvalidRequest(f"{name} is a {type(module).__name__}; only linears can be scaled")

@@ -17,6 +17,7 @@ from blake3 import blake3
 from torch import Tensor
 
 from nvila.errors import InvalidCheckpoint
+from nvila.model.awq_layout import is_packed, packed_shapes
 from nvila.model.config import NvilaConfig
 from nvila.model.int8_layout import QUANTIZATION, SCALE, int8_linears
 from nvila.model.layouts import Layout, LayoutStyle, Part, read_layout
@@ -25,7 +26,7 @@ from nvila.model.published import read_config
 from nvila.model.qwen2 import UNUSED_IN_LLM, llm_shapes
 from nvila.model.siglip import Tower, resize_positions
 from nvila.model.tokenizer import ChatTokenizer
-from nvila.model.unpack import unpack_llm
+from nvila.model.unpack import unpack_llm, widen_llm
 
 ARITHMETIC_VERSION = 1
 """Raised when a change of our own code changes the tokens that the same weights give; part of every cache key."""
@@ -83,14 +84,30 @@ class Checkpoint:
             return self.layout.tokenizer
         return unpack_llm(self.layout)
 
+    @property
+    def has_int4_llm(self) -> bool:
+        """Its linears are in four bits, packed as `model/awq_layout.py` says."""
+        return is_packed(self.layout.llm)
+
+    @cached_property
+    def dense_llm_path(self) -> Path:
+        """As `llm_path`, for whoever has no kernel for four bits: a copy in 16 bits where it is stored so, in the hub's
+        cache folder, made when it is first asked for. Raises `InvalidCheckpoint`."""
+        if not self.has_int4_llm:
+            return self.llm_path
+        self.check_llm()
+        return widen_llm(self.layout)
+
     def check_llm(self) -> None:
         """Compare the language model's tensors with its configuration, by their headers.
 
         vLLM and transformers only warn of a tensor that is missing, and go on with random numbers.
         """
-        if "quantization_config" in self.layout.llm:
-            return  # packed tensors of another program, which checks them itself
         shapes = llm_shapes(self.config.llm)
+        if self.has_int4_llm:
+            shapes = packed_shapes(shapes, int(self.layout.llm["quantization_config"]["group_size"]))
+        elif "quantization_config" in self.layout.llm:
+            return  # packed tensors of another program, which checks them itself
         unused = (*UNUSED_IN_LLM, *(["lm_head."] if self.config.llm.is_tied else []))
         self.layout.weights(Part.LLM).check(shapes, unused)
 

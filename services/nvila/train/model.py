@@ -108,8 +108,8 @@ class TrainableNvila(nn.Module):
     def load(cls, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> TrainableNvila:
         """Own float32 copies of a checkpoint's weights. Raises `InvalidCheckpoint`."""
         config = checkpoint.config
-        if checkpoint.has_int8_tower:
-            raise InvalidCheckpoint(f"{checkpoint.name} has a tower in 8 bits; train its original, and quantise that")
+        if checkpoint.has_int8_tower or checkpoint.has_int4_llm:
+            raise InvalidCheckpoint(f"{checkpoint.name} is quantised; train its original, and quantise that")
         tower, projector = Tower(config.tower, config.tile_px), Projector.of(config)
         tower.load_state_dict(_own(checkpoint.tower_weights()), strict=True)
         projector.load_state_dict(_own(checkpoint.projector_weights()), strict=True)

@@ -26,7 +26,7 @@ from nvila.model.config import ImageMode
 from nvila.model.encoder import VisionEncoder
 from nvila.model.prompt import lay_out, splice
 from nvila.train.samples import Sample, SampleMedia
-from nvila.types import EncodeSettings, MediaKind, PromptMedia, TokenDtype, TokensRef
+from nvila.types import EncodeSettings, MediaKind, PromptMedia, PromptUsage, TokenDtype, TokensRef
 
 
 class ModelAnswerer:
@@ -66,7 +66,7 @@ class ModelAnswerer:
         disable_progress_bar()  # transformers draws one per weight file
         checkpoint = Checkpoint.open(path)
         encoder = VisionEncoder.from_checkpoint(checkpoint, device, dtype)
-        llm = Qwen2ForCausalLM.from_pretrained(checkpoint.llm_path, dtype=dtype, local_files_only=True)
+        llm = Qwen2ForCausalLM.from_pretrained(checkpoint.dense_llm_path, dtype=dtype, local_files_only=True)
         return cls(checkpoint, encoder, llm.to(device), frames=frames, batch=batch, max_tokens=max_tokens)
 
     def close(self) -> None:
@@ -78,7 +78,7 @@ class ModelAnswerer:
         places: list[int] = []
         for place, sample in enumerate(samples):
             try:
-                prompts.append(self.embed(sample))
+                prompts.append(self.embed(sample)[0])
                 places.append(place)
                 said.append("")
             except InvalidRequest as error:
@@ -88,8 +88,11 @@ class ModelAnswerer:
                 said[place] = text
         return said
 
-    def embed(self, sample: Sample, *, is_answered: bool = False) -> Tensor:
-        """Input embeddings (P, D) of what is asked, or of the whole conversation. Raises `InvalidRequest`."""
+    def embed(self, sample: Sample, *, is_answered: bool = False) -> tuple[Tensor, PromptUsage]:
+        """Input embeddings (P, D) of what is asked, or of the whole conversation, and how many positions are whose.
+
+        Raises `InvalidRequest`.
+        """
         media, values_by_key = [], {}
         is_single = sum(item.kind is MediaKind.IMAGE for item in sample.media) == 1
         for number, item in enumerate(sample.media):
@@ -111,7 +114,7 @@ class ModelAnswerer:
         layout = lay_out(messages, media, self._tokenizer, self.config, add_generation_prompt=not is_answered)
         if layout.usage.total + self._max_tokens > self.config.max_positions:
             raise LimitExceeded.of("prompt positions", asked=layout.usage.total, limit=self.config.max_positions)
-        return splice(layout.segments, self._embed, values_by_key)
+        return splice(layout.segments, self._embed, values_by_key), layout.usage
 
     def _pixels(self, item: SampleMedia) -> NDArray[np.uint8]:
         """As the decode workers hand it to the tower: the last group of frames filled up."""
