@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import re
 import subprocess
 from typing import Any
 
 import pytest
 
+from nvila.capacity.rules import merged
 from tests.charts import kube
 from tests.charts.helm import CHART, PROFILES, Rendered, program, render
 
 GPU = {"count": 1}
+LONGEST = {"RayService": 47, "StatefulSet": 52, "PriorityClass": 253, "Secret": 253, "ConfigMap": 253}
+"""Of names: KubeRay's own check; room in labels of pods; DNS, 63 elsewhere."""
 UNUSUAL: dict[str, dict[str, Any]] = {
     "defaults": {},
     "long names": {"fullnameOverride": "a-name-that-is-much-longer-than-forty-characters-and-ends-in-a-number-7"},
@@ -52,6 +56,92 @@ UNUSUAL: dict[str, dict[str, Any]] = {
         "gateway": {"extraEnv": [{"name": "TZ", "value": "UTC"}], "service": {"type": "LoadBalancer"}},
     },
 }  # fmt: skip
+
+OFTEN_TOGETHER: dict[str, dict[str, dict[str, Any]]] = {
+    "name": {
+        "short": {},
+        "over forty": {"fullnameOverride": "the-video-understanding-platform-of-a-large-enterprise-in-europe"},
+        "another chart's": {"nameOverride": "questions-about-recordings-and-images-of-the-north"},
+    },
+    "services": {
+        "own": {"tracing": {"collector": {"enabled": True}}},
+        "external": UNUSUAL["everything external"],
+        "external cluster": {
+            "redis": {"enabled": False, "external": {"host": "redis", "cluster": True},
+                      "auth": {"existingSecret": "redis"}},
+            "tracing": {"endpoint": "http://collector.example.com:4317"},
+            "model": {"source": "objectStore", "objectStore": {"path": ":s3:b/m", "existingSecret": "store"}},
+        },
+    },
+    "TLS": {
+        "none": {"gateway": {"ingress": {"enabled": True}}},
+        "everywhere": {
+            "redis": {"tls": {"enabled": True, "existingSecret": "redis-tls"}},
+            "tracing": {"endpoint": "https://otlp.example.com", "protocol": "http/protobuf"},
+            "gateway": {"ingress": {"enabled": True, "grpcHost": "grpc.example.com", "tlsSecret": "tls"}},
+        },
+    },
+    "GPUs": {
+        "none": {},
+        "of two kinds": {"vision": {"gpu": {"count": 2, "resource": "nvidia.com/mig-1g.10gb"}},
+                         "decode": {"gpu": {"count": 4}, "nodeSelector": {"gpu": "h100"}}},
+        "shared and others'": {"vision": {"gpu": {"count": 1, "resource": "nvidia.com/gpu.shared"}},
+                               "decode": {"gpu": {"count": 1, "resource": "amd.com/gpu"}}},
+    },
+    "pools": {
+        "fixed": {},
+        "keda": {"vision": {"autoscaling": {"kind": "keda"}}, "decode": {"autoscaling": {"kind": "keda"}}},
+        "hpa": {"vision": {"autoscaling": {"kind": "hpa"}}, "decode": {"autoscaling": {"kind": "hpa"}},
+                "gateway": {"autoscaling": {"enabled": True}}},
+        "ray": {"vision": {"autoscaling": {"kind": "keda", "scaleToZero": {"enabled": True}}},
+                "decode": {"mode": "rayservice", "autoscaling": {"kind": "ray"}}},
+        "ray of a fixed size": {"decode": {"mode": "rayservice", "replicas": 2}},
+    },
+    "watched": {
+        "no": {"networkPolicy": {"enabled": False}},
+        "yes": {"monitoring": {"monitors": True, "rules": True, "dashboards": True},
+                "priorityClasses": {"create": True}},
+    },
+}  # fmt: skip
+"""Choices that customers combine freely."""
+
+
+def every_pair() -> list[dict[str, str]]:
+    """A few combinations in which each two choices of different rows meet at least once."""
+    rows = {row: list(choices) for row, choices in OFTEN_TOGETHER.items()}
+    everything = [dict(zip(rows, picks, strict=True)) for picks in itertools.product(*rows.values())]
+    unmet = set().union(*map(_pairs, everything))
+    chosen = []
+    while unmet:
+        best = max(everything, key=lambda combination: len(_pairs(combination) & unmet))
+        unmet -= _pairs(best)
+        chosen.append(best)
+    return chosen
+
+
+def _pairs(combination: dict[str, str]) -> set[frozenset[tuple[str, str]]]:
+    return {frozenset(pair) for pair in itertools.combinations(combination.items(), 2)}
+
+
+@pytest.mark.parametrize("combination", every_pair(), ids=lambda combination: ", ".join(combination.values()))
+def test_choices_can_be_combined(combination: dict[str, str]) -> None:
+    values: dict[str, Any] = {}
+    for row, choice in combination.items():
+        values = merged(values, OFTEN_TOGETHER[row][choice])
+    first, second = render(values, release="nvila"), render(values, release="the-second-release-in-this-namespace")
+    for rendered in (first, second):
+        assert_accepted(rendered, kube.VERSIONS[1])
+        for one in rendered:
+            assert len(one["metadata"]["name"]) <= LONGEST.get(one["kind"], 63), one["metadata"]["name"]
+        for name, pod in rendered.pods():
+            for volume in pod.get("volumes", []):
+                config = volume.get("configMap", {}).get("name")
+                assert config is None or any(one["metadata"]["name"] == config for one in rendered.all("ConfigMap"))
+            for asked in pod["containers"]:
+                mounted = {mount["name"] for mount in asked.get("volumeMounts", [])}
+                assert mounted <= {volume["name"] for volume in pod.get("volumes", [])}, name
+    if "fullnameOverride" not in values:
+        assert not _identities(first) & _identities(second)
 
 
 @pytest.mark.parametrize("version", kube.VERSIONS)
@@ -129,9 +219,8 @@ def test_two_long_names_that_begin_alike_stay_apart() -> None:
 @pytest.mark.parametrize("mode", ["deployment", "rayservice"])
 def test_no_name_is_longer_than_its_kind_allows(mode: str) -> None:
     values = {"fullnameOverride": "x" * 90, "decode": {"mode": mode}, "tracing": {"collector": {"enabled": True}}}
-    longest = {"RayService": 47, "StatefulSet": 52, "Service": 63}  # KubeRay's own check; pod labels; DNS
     for one in render(values):
-        assert len(one["metadata"]["name"]) <= longest.get(one["kind"], 63)
+        assert len(one["metadata"]["name"]) <= LONGEST.get(one["kind"], 63)
 
 
 def test_selectors_stay_when_the_chart_version_changes() -> None:
