@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from opentelemetry.trace import SpanKind
 from pydantic import ValidationError
 from ray import serve
 from ray.serve.config import HTTPOptions, RequestRouterConfig, gRPCOptions
@@ -87,6 +88,17 @@ class Replica:
 
     async def Describe(self, request: pb.DescribeRequest) -> pb.DescribeResponse:
         return wire.card_to_proto(self._decode.card)
+
+    async def Embed(self, request: pb.EmbedRequest) -> pb.EmbedResponse:
+        try:
+            with tracing.span("decode.embed", parent=request.traceparent, kind=SpanKind.SERVER):
+                return wire.vector_to_proto(await self._decode.service.embed(request.text))
+        except NvilaError as error:
+            return pb.EmbedResponse(failed=wire.failure_to_proto(error).failed)
+        except Exception:  # as above
+            _log.exception("a text could not be embedded", extra=fields(request_id=request.request_id))
+            failed = NvilaError("the decode service failed; its log says why")
+            return pb.EmbedResponse(failed=wire.failure_to_proto(failed).failed)
 
     async def __call__(self, request: Request) -> Response:
         """Serve's gRPC proxy knows only applications that have an HTTP route, too."""

@@ -7,16 +7,20 @@ as `Overloaded`, a dead replica or proxy as `Unavailable`.
 from __future__ import annotations
 
 import asyncio
+import uuid
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import grpc
 import grpc.aio
+import numpy as np
+from numpy.typing import NDArray
 
 from nvila.decode import wire
 from nvila.errors import DeadlineExceeded, LimitExceeded, NvilaError, Overloaded, Unavailable
 from nvila.internal.v1 import decode_pb2 as pb
 from nvila.internal.v1.decode_pb2_grpc import DecodeServiceStub
+from nvila.telemetry import tracing
 from nvila.types import DecodeEvent, Finished, GenerateRequest, ModelCard, TokensMissing
 
 MAX_MESSAGE_BYTES = 512 << 20
@@ -86,6 +90,20 @@ class DecodeClient:
         except grpc.aio.AioRpcError as error:
             raise Unavailable(f"the decode service does not answer: {error.code().name}") from error
         return wire.card_from_proto(answer)
+
+    async def embed(self, text: str, *, timeout_s: float = _DESCRIBE_TIMEOUT_S) -> NDArray[np.float32]:
+        """A text in the space of the language model's input embeddings: (width,) of unit length.
+
+        Raises what the service says is wrong with it, `Overloaded`, `Unavailable`, `DeadlineExceeded`.
+        """
+        request_id = uuid.uuid4().hex
+        message = pb.EmbedRequest(request_id=request_id, text=text, traceparent=tracing.current_traceparent())
+        metadata = [("application", self._app), ("request_id", request_id)]
+        try:
+            answer = await self._stub.Embed(message, metadata=metadata, timeout=timeout_s)
+        except grpc.aio.AioRpcError as error:
+            raise _as_ours(error) from error
+        return wire.vector_from_proto(answer)
 
     async def ready(self) -> bool:
         """A replica answers."""

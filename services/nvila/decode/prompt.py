@@ -9,13 +9,16 @@ Shapes: T visual tokens · P prompt positions · D language-model width.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from nvila.cache.codec import RecordFormat, dequantize
 from nvila.errors import InvalidRequest, LimitExceeded, Unavailable
@@ -119,6 +122,22 @@ class PromptBuilder:
     def splice(self, layout: Layout, values: Mapping[str, torch.Tensor], resume_ids: tuple[int, ...]) -> torch.Tensor:
         """The prompt's embeddings (P, D) in the model's dtype, the answer so far behind it. Blocking work."""
         return splice([*layout.segments, TextIds(resume_ids)], self._embed, values)
+
+    def embed_text(self, text: str) -> NDArray[np.float32]:
+        """Mean of the input embeddings of a text's tokens, of unit length: (width,). Any engine's, because no engine is
+        asked. Raises `InvalidRequest` for a text without tokens, `LimitExceeded` for one that no prompt could hold."""
+        most = self._limits.max_model_len * _MOST_CHARACTERS_PER_TOKEN
+        if len(text) > most:
+            raise LimitExceeded.of("characters", asked=len(text), limit=most)
+        ids = self._checkpoint.tokenizer().encode(text)
+        if not ids:
+            raise InvalidRequest("an empty text has no place among the model's words")
+        mean_D = self._checkpoint.embedding_rows(ids).float().mean(dim=0)
+        length = float(mean_D.norm())
+        if not 0 < length < math.inf:
+            raise InvalidRequest("the text's embeddings cancel out")
+        unit_D: NDArray[np.float32] = (mean_D / length).numpy()
+        return unit_D
 
     def _embed(self, ids: torch.Tensor) -> torch.Tensor:
         return self._checkpoint.embedding_rows(ids).to(self._dtype)

@@ -13,7 +13,9 @@ from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from opentelemetry.trace import Span, SpanKind
 
 from nvila.decode.engine import Engine
@@ -71,6 +73,10 @@ class DecodeService:
     async def check(self) -> None:
         """Raises `Unavailable` when the engine is dead."""
         await self._engine.check()
+
+    async def embed(self, text: str) -> NDArray[np.float32]:
+        """A text in the space of the language model's input embeddings: see `PromptBuilder.embed_text`."""
+        return await asyncio.to_thread(self._prompts.embed_text, text)
 
     async def generate(self, request: GenerateRequest) -> AsyncGenerator[DecodeEvent, None]:
         """The events of one generation: Accepted, TextDelta…, Finished; or TokensMissing instead of text.

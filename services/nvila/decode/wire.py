@@ -9,6 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nvila.cache.codec import CorruptRecord, RecordFormat, from_inline, to_inline
 from nvila.errors import InvalidRequest, NvilaError, from_wire
 from nvila.internal.v1 import decode_pb2 as pb
@@ -222,6 +225,25 @@ def _usage_to_proto(usage: PromptUsage) -> pb.PromptUsage:
 
 def _usage_from_proto(usage: pb.PromptUsage) -> PromptUsage:
     return PromptUsage(text=usage.text, image=usage.image, video=usage.video, cached=usage.cached)
+
+
+# -- texts as vectors --------------------------------------------------------------------------------------------------
+
+
+def vector_to_proto(vector_D: NDArray[np.float32]) -> pb.EmbedResponse:
+    return pb.EmbedResponse(vector=vector_D.astype("<f4").tobytes())
+
+
+def vector_from_proto(message: pb.EmbedResponse) -> NDArray[np.float32]:
+    """The inverse: a failure is raised as the error that it names; so is anything that is no vector."""
+    if message.HasField("failed"):
+        raise from_wire(message.failed.code, message.failed.message, message.failed.retry_after_s or None)
+    if not message.vector or len(message.vector) % 4:
+        raise NvilaError(f"the decode service sent {len(message.vector)} bytes, which are no vector of float32")
+    vector_D = np.frombuffer(message.vector, "<f4").astype(np.float32)
+    if not np.isfinite(vector_D).all():
+        raise NvilaError("the decode service sent a vector that is not finite")
+    return vector_D
 
 
 # -- the model card ---------------------------------------------------------------------------------------------------

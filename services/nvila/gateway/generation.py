@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from blake3 import blake3
 
 from nvila.errors import InvalidMedia, Unavailable
-from nvila.gateway.media import MediaItem
+from nvila.gateway.media import Item
 from nvila.gateway.ports import Decoder
 from nvila.gateway.work import stop
 from nvila.telemetry import tracing
@@ -38,7 +38,7 @@ class Generation:
         decoder: Decoder,
         question: Question,
         card: ModelCard,
-        items: Sequence[MediaItem],
+        items: Sequence[Item],
         emit: Callable[[TextDelta], None],
     ) -> None:
         for position, item in enumerate(items):
@@ -88,8 +88,7 @@ class Generation:
 
     def _inline(self) -> dict[str, VisualTokens]:
         """Tokens in hand, because the cache does not have them."""
-        chunks = (chunk for item in self._items for chunk in item.chunks)
-        return {chunk.inline.ref.key: chunk.inline for chunk in chunks if chunk.inline is not None}
+        return {key: tokens for item in self._items for key, tokens in item.inline().items()}
 
     def _request(self, inline: dict[str, VisualTokens]) -> GenerateRequest:
         question = self._question

@@ -6,7 +6,7 @@ import base64
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import grpc
@@ -34,7 +34,17 @@ from nvila.gateway.front import Front, answer_id, in_time
 from nvila.gateway.request import Asked, AskedMedia, AskedMessage
 from nvila.model.config import NvilaConfig
 from nvila.telemetry import tracing
-from nvila.types import Answered, Coverage, FinishReason, MediaCoverage, MediaKind, Role, VideoSampling
+from nvila.types import (
+    Answered,
+    Coverage,
+    FinishReason,
+    MediaCoverage,
+    MediaKind,
+    RecordingCoverage,
+    RecordingWindow,
+    Role,
+    VideoSampling,
+)
 
 _log = logging.getLogger(__name__)
 
@@ -229,7 +239,20 @@ def _part(part: pb.Part, param: str) -> str | AskedMedia:
             address = _address(part.video, MediaKind.VIDEO, f"{param}.video")
             sampling = _video_sampling(part.video.sampling)
             return AskedMedia(param=f"{param}.video", kind=MediaKind.VIDEO, address=address, sampling=sampling)
-    raise InvalidRequest(f"{param}: one of text, image and video is needed", param=param)
+        case "recording":
+            window = _recording_window(part.recording)
+            return AskedMedia(param=f"{param}.recording", kind=MediaKind.VIDEO, recording=window)
+    raise InvalidRequest(f"{param}: one of text, image, video and recording is needed", param=param)
+
+
+def _recording_window(asked: pb.RecordingStretch) -> RecordingWindow:
+    return RecordingWindow(
+        recording_id=asked.recording_id,
+        start_s=asked.start_s if asked.HasField("start_s") else None,
+        end_s=asked.end_s if asked.HasField("end_s") else None,
+        start_at=asked.start_at_s if asked.HasField("start_at_s") else None,
+        end_at=asked.end_at_s if asked.HasField("end_at_s") else None,
+    )
 
 
 def _address(media: pb.Image | pb.Video, kind: MediaKind, param: str) -> str:
@@ -290,4 +313,19 @@ def _media_coverage(media: MediaCoverage) -> pb.MediaCoverage:
         chunks=media.chunks,
         cache_hits=media.cache_hits,
         tiles=media.tiles,
+        recording=None if media.recording is None else _recording_coverage(media.recording),
+    )
+
+
+def _recording_coverage(coverage: RecordingCoverage) -> pb.RecordingCoverage:
+    return pb.RecordingCoverage(
+        recording_id=coverage.recording_id,
+        start_s=coverage.start_s,
+        end_s=coverage.end_s,
+        captured_from_s=coverage.captured_from,
+        captured_to_s=coverage.captured_to,
+        frames_static=coverage.frames_static,
+        frames_left_out=coverage.frames_left_out,
+        chunks=coverage.chunks,
+        plan=pb.WindowPlan(**asdict(coverage.plan)),
     )

@@ -13,13 +13,14 @@ from nvila.gateway.front import in_time
 from nvila.gateway.http_services import Having, HttpSettings, Tenant
 from nvila.gateway.parse import parse_chat, to_asked
 from nvila.model.estimate import MediaCost, RequestCost
-from nvila.types import MediaKind, ModelCard
+from nvila.types import MediaKind, ModelCard, RecordingCoverage
 
 PATH = "/v1/estimate"
 
 
 class EstimatedMedia(BaseModel):
-    """One image or video, in the order of the request."""
+    """One image, video or recording's window, in the order of the request. Of a window that needs several calls,
+    `tokens` and `positions` are those of the largest; `recording.plan` has all."""
 
     kind: MediaKind
     frames: int = Field(description="Frames that are encoded, whole temporal groups; 1 for an image.")
@@ -30,6 +31,9 @@ class EstimatedMedia(BaseModel):
     positions: int = Field(description="Positions of the prompt: tokens, and what stands around them.")
     record_bytes: int = Field(description="Of its token records in the cache.")
     pixel_bytes: int = Field(description="Most memory that the pixels of one of its chunks take at a time.")
+    recording: RecordingCoverage | None = Field(
+        None, description="Of a recording: its window, what of it is known, and how it would be answered about."
+    )
 
     @classmethod
     def of(cls, media: MediaCost) -> EstimatedMedia:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -16,7 +17,7 @@ from nvila.cache.keys import record_key
 from nvila.gateway.ports import LocalMedia
 from nvila.model import cost
 from nvila.model.config import NvilaConfig
-from nvila.model.estimate import MediaSize
+from nvila.model.estimate import MediaCost, MediaSize, media_cost
 from nvila.types import (
     Chunk,
     EncodeSettings,
@@ -27,6 +28,7 @@ from nvila.types import (
     MediaKind,
     MediaSource,
     PromptMedia,
+    TokenDtype,
     TokensRef,
     VisualTokens,
 )
@@ -69,6 +71,20 @@ class ChunkState:
         """Its record is one of `keys`, and its tokens are not in hand."""
         ref = self.facts.ref if self.facts is not None else None
         return self.inline is None and ref is not None and ref.key in keys
+
+
+class Item(Protocol):
+    """What a question's media have in common, wherever their tokens come from."""
+
+    @property
+    def source(self) -> MediaSource: ...
+    @property
+    def frames_asked(self) -> int: ...
+    def refs(self) -> tuple[TokensRef, ...]: ...
+    def prompt_media(self) -> PromptMedia: ...
+    def inline(self) -> dict[str, VisualTokens]: ...
+    def cost(self, config: NvilaConfig, dtype: TokenDtype) -> MediaCost: ...
+    def coverage(self, config: NvilaConfig) -> MediaCoverage: ...
 
 
 @dataclass(kw_only=True)
@@ -116,6 +132,10 @@ class MediaItem:
     def prompt_media(self) -> PromptMedia:
         return PromptMedia(kind=self.source.kind, is_tiled=self.settings.is_tiled, records=self.refs())
 
+    def inline(self) -> dict[str, VisualTokens]:
+        """Tokens in hand, by key, because the cache does not have them."""
+        return {chunk.inline.ref.key: chunk.inline for chunk in self.chunks if chunk.inline is not None}
+
     def is_published(self) -> bool:
         """The cache had every record when it was last asked."""
         return all(chunk.inline is None for chunk in self.chunks)
@@ -134,6 +154,9 @@ class MediaItem:
             runs=tuple(-(-len(chunk.run.indices) // group) * group for chunk in self.chunks),
             pool_sizes=self.settings.pool_sizes,
         )
+
+    def cost(self, config: NvilaConfig, dtype: TokenDtype) -> MediaCost:
+        return media_cost(config, self.size(config), dtype)
 
     def _levels(self, config: NvilaConfig, frames: int) -> tuple[Level, ...]:
         return cost.levels(

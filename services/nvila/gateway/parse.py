@@ -10,8 +10,8 @@ from pydantic_core import from_json
 
 from nvila.errors import InvalidRequest, LimitExceeded
 from nvila.gateway import schema
-from nvila.gateway.request import Asked, AskedMedia, AskedMessage, RequestLimits, check_counts
-from nvila.types import MediaKind, Role, VideoSampling
+from nvila.gateway.request import Asked, AskedMedia, AskedMessage, RequestLimits, capture_time, check_counts
+from nvila.types import MediaKind, RecordingWindow, Role, VideoSampling
 
 _ROLES = {"system": Role.SYSTEM, "developer": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}
 _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)s")
@@ -113,7 +113,23 @@ def _part(part: schema.Part, param: str, for_all: VideoSampling) -> str | AskedM
             if part.file.file_data is not None and not part.file.file_data[:5].lower() == "data:":
                 raise InvalidRequest("file_data must be a data URL", param=f"{param}.file.file_data")
             return AskedMedia(param=f"{param}.file", kind=None, address=given[0], sampling=for_all)
+        case schema.RecordingPart():
+            return AskedMedia(
+                param=f"{param}.recording",
+                kind=MediaKind.VIDEO,
+                recording=_recording_window(part.recording, f"{param}.recording"),
+            )
     raise AssertionError(part)
+
+
+def _recording_window(asked: schema.RecordingStretch, param: str) -> RecordingWindow:
+    return RecordingWindow(
+        recording_id=asked.id,
+        start_s=asked.start_s,
+        end_s=asked.end_s,
+        start_at=capture_time(asked.start_time, f"{param}.start_time"),
+        end_at=capture_time(asked.end_time, f"{param}.end_time"),
+    )
 
 
 def _video_sampling(part: schema.VideoPart, param: str, for_all: VideoSampling) -> VideoSampling:

@@ -4,6 +4,9 @@ For each media item: open its bytes, plan its frames, cut them into chunks. For 
 by its content, look it up in the cache, have vision encode it if nobody has. As soon as every chunk has its name the
 decode service is called; it awaits the tokens itself, so its work and the last chunks' encoding overlap.
 
+A recording's window is a media item whose records exist already (`nvila.recordings`); one that is too long for a call
+is asked about in parts, each a question of its own, and a last one over what they gave.
+
 The pipeline knows no service, only `ports.py`. Which frames are looked at is decided here, once; tiling is vision's
 business and the prompt's layout is decode's.
 
@@ -15,20 +18,34 @@ beside the cache; a vision call that fails is repeated; a generation that breaks
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator, Callable, Collection, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 
 from nvila.cache.codec import RecordFormat
 from nvila.cache.keys import plan_key
-from nvila.errors import Cancelled, DeadlineExceeded, InvalidRequest, LimitExceeded, Unavailable
+from nvila.errors import Cancelled, DeadlineExceeded, InvalidRequest, LimitExceeded, NotFound, Unavailable
 from nvila.gateway.generation import Generation
 from nvila.gateway.media import ChunkState, MediaItem, PlanRecord, is_tiled
-from nvila.gateway.ports import Decoder, Fetcher, Frames, LocalMedia, Store, Vision
+from nvila.gateway.ports import Decoder, Fetcher, Frames, LocalMedia, Recordings, Store, Vision
+from nvila.gateway.recorded import RecordedItem
 from nvila.gateway.work import Clock, Patience, first_of, gather, stop
 from nvila.model import cost
 from nvila.model.config import NvilaConfig
-from nvila.model.estimate import RequestCost, request_cost
+from nvila.model.estimate import RequestCost, request_cost, text_at_most
+from nvila.recordings.planner import Budget
+from nvila.recordings.questions import (
+    PART_POSITIONS,
+    closing_question,
+    condense,
+    map_stretches,
+    not_kept,
+    the_recording,
+    total_coverage,
+    total_usage,
+)
+from nvila.recordings.window import Restored
 from nvila.telemetry import names
 from nvila.telemetry.metrics import Metrics
 from nvila.types import (
@@ -53,16 +70,20 @@ Emit = Callable[[AnswerEvent], None]
 class PipelineLimits:
     """`chunk_frames`: most frames of one vision call, rounded down to a multiple of the model's temporal group.
     `max_frames`: most frames of one video. `recovery_s`: how long a service behind may be away before a request gives
-    up on it."""
+    up on it. `inline_parts`: most parts of a recording's window that one request asks about; more are a job.
+    `parts_at_once`: of them."""
 
     chunk_frames: int = 32
     max_frames: int = 256
     recovery_s: float = 20.0
+    inline_parts: int = 16
+    parts_at_once: int = 2
 
 
 @dataclass(kw_only=True)
 class Pipeline:
-    """One for all requests. `model`: what is served, None until the decode service has described itself."""
+    """One for all requests. `model`: what is served, None until the decode service has described itself.
+    `recordings`: None where none are kept."""
 
     fetcher: Fetcher
     frames: Frames
@@ -72,6 +93,7 @@ class Pipeline:
     limits: PipelineLimits
     metrics: Metrics
     model: ModelCard | None = None
+    recordings: Recordings | None = None
 
     async def answer(self, question: Question) -> AsyncGenerator[AnswerEvent, None]:
         """The answer, piece by piece, then one `Answered`. Closing this iterator stops all work behind it.
@@ -143,33 +165,73 @@ class OneAnswer:
             width=self._config.llm_width, dtype=card.token_dtype, vision_revision=card.vision_revision
         )
         self._clock = Clock(services.metrics)
-        self._items: list[MediaItem] = []
+        self._items: list[MediaItem | RecordedItem] = []
 
     async def follow(self, emit: Emit) -> Answered:
         with self._clock.stage("plan"):
             self._items = await self._plan_all()
         self._check_size()
+        if any(item.window.is_in_parts for item in self._recorded):
+            return await self._in_parts(emit)
         async with asyncio.TaskGroup() as tasks:
             encoding = tasks.create_task(self._encode_all())
-            for item in self._items:
+            for item in self._files_items:
                 await item.all_named()
             generation = Generation(self._services.decoder, self._question, self._card, self._items, emit)
             finished = await self._generate(generation, encoding)
-        for item in self._items:
+        for item in self._files_items:
             if item.is_published():
                 await self._services.store.remember(item.plan_key, PlanRecord.of(item).to_bytes())
         return self._sum_up(finished)
 
+    @property
+    def _files_items(self) -> list[MediaItem]:
+        return [item for item in self._items if isinstance(item, MediaItem)]
+
+    @property
+    def _recorded(self) -> list[RecordedItem]:
+        return [item for item in self._items if isinstance(item, RecordedItem)]
+
     # -- planning: everything that can be known before any pixel is decoded
 
-    async def _plan_all(self) -> list[MediaItem]:
-        sources = self._question.media
+    async def _plan_all(self) -> list[MediaItem | RecordedItem]:
+        """Files first: recordings' windows are fitted into the room that they leave."""
+        files = iter(await self._plan_files())
+        planned = [None if source.recording is not None else next(files) for source in self._question.media]
+        others = sum(item.cost(self._config, self._card.token_dtype).positions for item in planned if item is not None)
+        windows = [source for source in self._question.media if source.recording is not None]
+        opened = iter(await gather(self._open_window(source, others, len(windows)) for source in windows))
+        return [next(opened) if item is None else item for item in planned]
+
+    async def _open_window(self, source: MediaSource, others: int, windows: int) -> RecordedItem:
+        """`others`: positions of the question's files. Several windows share what they leave."""
+        assert source.recording is not None
+        question, longest = self._question, self._card.max_model_len
+        budget = Budget.of(
+            self._config,
+            longest=longest,
+            text=text_at_most(question.messages),
+            answer=question.sampling.max_tokens,
+            others=others,
+        )
+        budget = replace(budget, positions=budget.positions // windows, part_text=PART_POSITIONS)
+        with _blaming(source):
+            if self._services.recordings is None:
+                raise InvalidRequest("no recordings are kept here")
+            try:
+                window = await self._services.recordings.open(source.recording, question.tenant, budget, self._config)
+            except NotFound as error:
+                raise NotFound(error.message, param=source.param) from None
+        return RecordedItem(source=source, window=window)
+
+    async def _plan_files(self) -> list[MediaItem]:
+        sources = [source for source in self._question.media if source.recording is None]
         opened = []
         for source in sources:
             with self._clock.stage("fetch"), _blaming(source):
                 file = self._services.fetcher.open(source, self._question.tenant, self._question.deadline)
                 opened.append(await self._files.enter_async_context(file))
-        kinds = [source.kind for source in sources]
+        kinds = [source.kind for source in self._question.media]
         return await gather(
             self._plan(source, file, is_tiled(source.kind, kinds, self._config.image_mode))
             for source, file in zip(sources, opened, strict=True)
@@ -239,7 +301,7 @@ class OneAnswer:
     def _cost(self) -> RequestCost:
         return request_cost(
             self._config,
-            [item.size(self._config) for item in self._items],
+            [item.cost(self._config, self._card.token_dtype) for item in self._items],
             self._question.messages,
             answer_tokens=self._question.sampling.max_tokens,
             longest=self._card.max_model_len,
@@ -252,10 +314,12 @@ class OneAnswer:
         """See that all chunks' tokens are in the cache; or, given keys that it did not keep, in hand."""
         await gather(
             self._encode(item, chunk, again=lost is not None)
-            for item in self._items
+            for item in self._files_items
             for chunk in item.chunks
             if (chunk.facts is None if lost is None else chunk.is_lost(lost))
         )
+        for item in self._recorded:
+            await self._restore(item, lost)
 
     async def _encode(self, item: MediaItem, chunk: ChunkState, *, again: bool) -> None:
         deadline = self._question.deadline
@@ -280,6 +344,32 @@ class OneAnswer:
                     chunk.is_reused = True
                     return
             await self._have_encoded(item, chunk, decoded, ref, want_inline=again)
+
+    async def _restore(self, item: RecordedItem, lost: Collection[str] | None) -> None:
+        """Bring back those of a recording's records that the cache does not have (or, given keys, did not keep)."""
+        assert self._services.recordings is not None, "a window was opened"
+        refs = {ref.key: ref for ref in item.refs()}
+        if lost is None:
+            lost = refs.keys() - await self._services.store.has(refs.values(), self._form)
+            is_wanted = False
+        else:
+            is_wanted = True
+        for key in [key for key in refs if key in lost and key not in item.in_hand]:
+            with self._clock.stage("restore"), _blaming(item.source):
+                restored = await self._restored(item, refs[key])
+            item.take(restored, is_wanted=is_wanted)
+
+    async def _restored(self, item: RecordedItem, ref: TokensRef) -> Restored:
+        assert self._services.recordings is not None, "a window was opened"
+        patience = Patience("vision", self._services.limits.recovery_s, self._services.metrics)
+        while True:
+            try:
+                return await self._services.recordings.restore(
+                    item.window, ref, self._form, self._config, self._question.deadline
+                )
+            except Unavailable as error:
+                self._services.model = None
+                await patience.wait(error)
 
     async def _have_encoded(
         self, item: MediaItem, chunk: ChunkState, decoded: Chunk, ref: TokensRef, *, want_inline: bool
@@ -327,6 +417,62 @@ class OneAnswer:
             await encoding
             await self._encode_all(lost=outcome.keys)
 
+    # -- windows that are too long for one call
+
+    async def _in_parts(self, emit: Emit) -> Answered:
+        """Ask about each part of the one long window, then about what they gave; only that is emitted."""
+        question, limits = self._question, self._services.limits
+        flags = [isinstance(item, RecordedItem) and item.window.is_in_parts for item in self._items]
+        place = the_recording(question.media, flags)
+        item = self._items[place]
+        assert isinstance(item, RecordedItem)
+        parts = item.window.parts()
+        if len(parts) > limits.inline_parts:
+            raise LimitExceeded(
+                f"parts of the recording's window: {len(parts):,} needed, at most {limits.inline_parts:,} allowed in "
+                "one request; ask about a shorter window, or submit the question as a job (kind ask)",
+                param=item.source.param,
+            )
+        kept = _Kept(self._services)
+        with self._clock.stage("parts"):
+            notes = await map_stretches(
+                question, place, parts, kept, once=not_kept, at_once=limits.parts_at_once, after_each=self._on_time()
+            )
+            notes = await condense(question, place, notes, kept, self._card.max_model_len, once=not_kept)
+        ending: Answered | None = None
+        async with aclosing(kept.answer(closing_question(question, place, notes))) as events:
+            async for event in events:
+                if isinstance(event, Answered):
+                    ending = event
+                else:
+                    emit(event)
+        assert ending is not None, "an answer ends with `Answered` or an error"
+        coverages = [one.coverage for one in kept.answers]
+        total = total_coverage(item.window, coverages[:-1], coverages[-1], len(question.media), place)
+        return Answered(
+            reason=ending.reason,
+            usage=total_usage([one.usage for one in kept.answers]),
+            completion_tokens=sum(one.completion_tokens for one in kept.answers),
+            coverage=replace(total, stage_ms={**total.stage_ms, **self._clock.summary()}),
+        )
+
+    def _on_time(self) -> Callable[[int, int], None]:
+        """Gives up after the first parts when, at their pace, the request's time would not do for all and the end."""
+        began = time.monotonic()
+
+        def check(done: int, of: int) -> None:
+            if done < self._services.limits.parts_at_once:
+                return
+            needed_s = (time.monotonic() - began) / done * (of - done + 1)
+            left_s = self._question.deadline.left_s()
+            if needed_s > left_s:
+                raise DeadlineExceeded(
+                    f"the recording's window needs {of + 1} model calls, about {needed_s:.0f} s more, and "
+                    f"{left_s:.0f} s are left; allow more time, or submit the question as a job (kind ask)"
+                )
+
+        return check
+
     # -- the account
 
     def _sum_up(self, finished: Finished) -> Answered:
@@ -344,6 +490,24 @@ class OneAnswer:
             completion_tokens=finished.completion_tokens,
             coverage=Coverage(media=media, stage_ms=self._clock.summary()),
         )
+
+
+class _Kept:
+    """Answers with the pipeline, and keeps how each answer ended."""
+
+    def __init__(self, services: Pipeline) -> None:
+        self._services = services
+        self.answers: list[Answered] = []
+
+    async def answer(self, question: Question) -> AsyncGenerator[AnswerEvent, None]:
+        async with aclosing(self._services.answer(question)) as events:
+            async for event in events:
+                if isinstance(event, Answered):
+                    self.answers.append(event)
+                yield event
+
+    async def describe(self) -> ModelCard:
+        return await self._services.describe()
 
 
 @contextmanager

@@ -12,6 +12,9 @@ from typing import Protocol
 
 from nvila.cache.codec import RecordFormat
 from nvila.cache.store import Lease
+from nvila.model.config import NvilaConfig
+from nvila.recordings.planner import Budget
+from nvila.recordings.window import OpenWindow, Restored
 from nvila.types import (
     Chunk,
     Deadline,
@@ -23,6 +26,7 @@ from nvila.types import (
     MediaKind,
     MediaSource,
     ModelCard,
+    RecordingWindow,
     TokensRef,
 )
 from nvila.video.media import MediaInfo
@@ -72,6 +76,16 @@ class Vision(Protocol):
     async def encode(
         self, chunk: Chunk, ref: TokensRef, settings: EncodeSettings, *, want_inline: bool, deadline: Deadline
     ) -> Encoded: ...
+
+
+class Recordings(Protocol):
+    """Plans recordings' windows and brings lost tokens back (`recordings/window.py`)."""
+
+    async def open(self, asked: RecordingWindow, tenant: str, budget: Budget, config: NvilaConfig) -> OpenWindow: ...
+
+    async def restore(
+        self, window: OpenWindow, ref: TokensRef, form: RecordFormat, config: NvilaConfig, deadline: Deadline
+    ) -> Restored: ...
 
 
 class Decoder(Protocol):

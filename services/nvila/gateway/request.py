@@ -7,9 +7,11 @@ numbers make sense. Messages name the field as the client wrote it (`param`) and
 from __future__ import annotations
 
 import math
+import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Protocol
 
 from nvila.errors import ForbiddenURL, InvalidRequest, LimitExceeded, NotFound
@@ -22,6 +24,7 @@ from nvila.types import (
     Message,
     ModelCard,
     Question,
+    RecordingWindow,
     Role,
     SamplingParams,
     TextPart,
@@ -31,6 +34,7 @@ from nvila.types import (
 _LONGEST_URL = 8192
 _MOST_STOPS = 4
 _LONGEST_STOP = 256
+_RECORDING_ID = re.compile(r"rec_[0-9a-f]{32}")
 _MOST_FPS = 1000.0
 _LATEST_S = 1e6
 _WHOLE_VIDEO = VideoSampling()
@@ -38,11 +42,13 @@ _WHOLE_VIDEO = VideoSampling()
 
 @dataclass(frozen=True, kw_only=True)
 class AskedMedia:
-    """A media part as it came. `address`: a URL or a file's id. `kind` None: as the file's bytes say."""
+    """A media part as it came. `address`: a URL or a file's id; or, without one, a `recording`'s window. `kind` None:
+    as the file's bytes say."""
 
     param: str
     kind: MediaKind | None
-    address: str
+    address: str = ""
+    recording: RecordingWindow | None = None
     sampling: VideoSampling = _WHOLE_VIDEO
 
 
@@ -112,6 +118,22 @@ async def to_question(asked: Asked, tenant: str, card: ModelCard, files: Files, 
         sampling=sampling,
         deadline=Deadline.after(timeout_s),
     )
+
+
+def capture_time(text: str | None, param: str) -> float | None:
+    """Seconds since 1970 of a time in RFC 3339 (`2026-09-01T12:00:00Z`), which says its zone. Raises
+    `InvalidRequest`."""
+    if not text:
+        return None
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None or len(text) < len("2026-09-01T12:00:00Z"):
+        raise InvalidRequest(
+            f"{param}: {text[:40]!r} given, must be a time like '2026-09-01T12:00:00Z' or '…+02:00'", param=param
+        )
+    return moment.timestamp()
 
 
 def check_counts(messages: int, media: int, limits: RequestLimits) -> None:
@@ -188,6 +210,10 @@ def _within(
 
 
 async def _source(asked: AskedMedia, tenant: str, files: Files, limits: RequestLimits) -> MediaSource:
+    if asked.recording is not None:
+        if _RECORDING_ID.fullmatch(asked.recording.recording_id) is None:
+            raise NotFound(f"no recording {asked.recording.recording_id[:64]!r}", param=asked.param)
+        return MediaSource(kind=MediaKind.VIDEO, recording=asked.recording, param=asked.param)
     _check_video_sampling(asked, limits)
     if asked.address.startswith(FILE_PREFIX):
         try:

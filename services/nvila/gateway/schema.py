@@ -114,6 +114,23 @@ class FilePart(Closed):
     file: File
 
 
+class RecordingStretch(Closed):
+    """A window on the recording's clock or by capture time; absent bounds: its beginning, as far as it is ingested."""
+
+    id: str = Field(description="A recording's id (rec_…).")
+    start_s: float | None = Field(None, description="Seconds of the recording's clock.")
+    end_s: float | None = Field(None, description="Seconds of the recording's clock.")
+    start_time: str | None = Field(None, description='Capture time instead, RFC 3339: "2026-09-01T12:00:00Z".')
+    end_time: str | None = Field(None, description="Capture time instead.")
+
+
+class RecordingPart(Closed):
+    """Extension. What was ingested of the window is asked about; nothing is decoded or encoded again."""
+
+    type: Literal["recording"]
+    recording: RecordingStretch
+
+
 def _part_type(value: Any) -> str:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return f"<{kind}>"
@@ -124,11 +141,12 @@ Part = Annotated[
     Annotated[TextPart, Tag("<text>")]
     | Annotated[ImagePart, Tag("<image_url>")]
     | Annotated[VideoPart, Tag("<video_url>")]
-    | Annotated[FilePart, Tag("<file>")],
+    | Annotated[FilePart, Tag("<file>")]
+    | Annotated[RecordingPart, Tag("<recording>")],
     Discriminator(
         _part_type,
         custom_error_type="part_type",
-        custom_error_message="a part's type must be text, image_url, video_url or file",
+        custom_error_message="a part's type must be text, image_url, video_url, file or recording",
     ),
 ]
 

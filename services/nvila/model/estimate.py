@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from nvila.model import cost
 from nvila.model.config import ImageMode, NvilaConfig
-from nvila.types import Level, MediaKind, Message, Role, TextPart, TokenDtype
+from nvila.types import Level, MediaKind, Message, RecordingCoverage, Role, TextPart, TokenDtype
 
 VALUE_BYTES = 2
 """Of a key or value in the language model's cache, and of its arithmetic, unless that is float32."""
@@ -50,6 +50,8 @@ class MediaCost:
     positions: int
     record_bytes: int
     pixel_bytes: int
+    recording: RecordingCoverage | None = None
+    """Of a recording's window, whose tokens are there already; then the numbers above are the largest call's."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,18 +118,19 @@ def media_cost(config: NvilaConfig, size: MediaSize, dtype: TokenDtype) -> Media
 
 def request_cost(
     config: NvilaConfig,
-    media: Sequence[MediaSize],
+    media: Sequence[MediaSize | MediaCost],
     messages: Sequence[Message],
     *,
     answer_tokens: int,
     longest: int,
     dtype: TokenDtype,
 ) -> RequestCost:
-    """`longest`: positions that the served model takes, prompt and answer. `dtype`: of the token records, which are
-    float32 only for a model that computes so."""
-    items = tuple(media_cost(config, size, dtype) for size in media)
+    """`media`: sizes, or the costs of items that know theirs. `longest`: positions that the served model takes, prompt
+    and answer. `dtype`: of the token records, which are float32 only for a model that computes so."""
+    items = tuple(one if isinstance(one, MediaCost) else media_cost(config, one, dtype) for one in media)
     text = text_at_most(messages)
     prompt = sum(item.positions for item in items) + text
+    plans = [item.recording.plan for item in items if item.recording is not None and item.recording.plan.calls > 1]
     value_bytes = 4 if dtype is TokenDtype.FLOAT32 else VALUE_BYTES
     return RequestCost(
         media=items,
@@ -136,7 +139,7 @@ def request_cost(
         longest=longest,
         tower_flops=cost.tower_flops(config, sum(item.tiles for item in items)),
         projector_flops=sum(cost.projector_flops(config, _projected_tiles(config, item)) for item in items),
-        prefill_flops=cost.prefill_flops(config, prompt),
+        prefill_flops=sum(plan.prefill_flops for plan in plans) or cost.prefill_flops(config, prompt),
         record_bytes=sum(item.record_bytes for item in items),
         kv_cache_bytes=cost.kv_bytes(config, prompt + answer_tokens, value_bytes),
     )

@@ -92,17 +92,18 @@ class OpenWindow:
     def refs(self) -> tuple[TokensRef, ...]:
         """Of a window that one call sees: its token records in order of time, averages included."""
         (stretch,) = self.planned.stretches
-        return tuple(self._ref(run) for run in stretch.blocks)
+        return tuple(self.ref(run) for run in stretch.blocks)
 
     def groups_of(self, key: str) -> tuple[Group, ...]:
         """The groups that a record of this window is the average of; one group for a record of its own."""
         for stretch in self.planned.stretches:
             for run in stretch.blocks:
-                if self._ref(run).key == key:
+                if self.ref(run).key == key:
                     return tuple(self.groups[place] for place in run)
         raise AssertionError(f"{key} is no record of this window")
 
-    def _ref(self, run: Run) -> TokensRef:
+    def ref(self, run: Run) -> TokensRef:
+        """The record of a block of the plan."""
         return pooled_ref([_ref_of(self.groups[place]) for place in run])
 
     @property

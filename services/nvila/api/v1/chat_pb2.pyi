@@ -60,15 +60,31 @@ class Video(_message.Message):
     sampling: VideoSampling
     def __init__(self, url: _Optional[str] = ..., file_id: _Optional[str] = ..., data: _Optional[bytes] = ..., sampling: _Optional[_Union[VideoSampling, _Mapping]] = ...) -> None: ...
 
+class RecordingStretch(_message.Message):
+    __slots__ = ("recording_id", "start_s", "end_s", "start_at_s", "end_at_s")
+    RECORDING_ID_FIELD_NUMBER: _ClassVar[int]
+    START_S_FIELD_NUMBER: _ClassVar[int]
+    END_S_FIELD_NUMBER: _ClassVar[int]
+    START_AT_S_FIELD_NUMBER: _ClassVar[int]
+    END_AT_S_FIELD_NUMBER: _ClassVar[int]
+    recording_id: str
+    start_s: float
+    end_s: float
+    start_at_s: float
+    end_at_s: float
+    def __init__(self, recording_id: _Optional[str] = ..., start_s: _Optional[float] = ..., end_s: _Optional[float] = ..., start_at_s: _Optional[float] = ..., end_at_s: _Optional[float] = ...) -> None: ...
+
 class Part(_message.Message):
-    __slots__ = ("text", "image", "video")
+    __slots__ = ("text", "image", "video", "recording")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     IMAGE_FIELD_NUMBER: _ClassVar[int]
     VIDEO_FIELD_NUMBER: _ClassVar[int]
+    RECORDING_FIELD_NUMBER: _ClassVar[int]
     text: str
     image: Image
     video: Video
-    def __init__(self, text: _Optional[str] = ..., image: _Optional[_Union[Image, _Mapping]] = ..., video: _Optional[_Union[Video, _Mapping]] = ...) -> None: ...
+    recording: RecordingStretch
+    def __init__(self, text: _Optional[str] = ..., image: _Optional[_Union[Image, _Mapping]] = ..., video: _Optional[_Union[Video, _Mapping]] = ..., recording: _Optional[_Union[RecordingStretch, _Mapping]] = ...) -> None: ...
 
 class Message(_message.Message):
     __slots__ = ("role", "parts")
@@ -128,8 +144,58 @@ class Gap(_message.Message):
     reason: str
     def __init__(self, start_s: _Optional[float] = ..., end_s: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
 
+class WindowPlan(_message.Message):
+    __slots__ = ("mode", "pool", "leaves_out_static", "calls", "blocks", "tokens", "most_tokens", "frames", "seconds_per_frame", "seconds_per_block", "prefill_flops", "reason")
+    MODE_FIELD_NUMBER: _ClassVar[int]
+    POOL_FIELD_NUMBER: _ClassVar[int]
+    LEAVES_OUT_STATIC_FIELD_NUMBER: _ClassVar[int]
+    CALLS_FIELD_NUMBER: _ClassVar[int]
+    BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TOKENS_FIELD_NUMBER: _ClassVar[int]
+    MOST_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_PER_FRAME_FIELD_NUMBER: _ClassVar[int]
+    SECONDS_PER_BLOCK_FIELD_NUMBER: _ClassVar[int]
+    PREFILL_FLOPS_FIELD_NUMBER: _ClassVar[int]
+    REASON_FIELD_NUMBER: _ClassVar[int]
+    mode: str
+    pool: int
+    leaves_out_static: bool
+    calls: int
+    blocks: int
+    tokens: int
+    most_tokens: int
+    frames: int
+    seconds_per_frame: float
+    seconds_per_block: float
+    prefill_flops: float
+    reason: str
+    def __init__(self, mode: _Optional[str] = ..., pool: _Optional[int] = ..., leaves_out_static: bool = ..., calls: _Optional[int] = ..., blocks: _Optional[int] = ..., tokens: _Optional[int] = ..., most_tokens: _Optional[int] = ..., frames: _Optional[int] = ..., seconds_per_frame: _Optional[float] = ..., seconds_per_block: _Optional[float] = ..., prefill_flops: _Optional[float] = ..., reason: _Optional[str] = ...) -> None: ...
+
+class RecordingCoverage(_message.Message):
+    __slots__ = ("recording_id", "start_s", "end_s", "captured_from_s", "captured_to_s", "frames_static", "frames_left_out", "chunks", "plan")
+    RECORDING_ID_FIELD_NUMBER: _ClassVar[int]
+    START_S_FIELD_NUMBER: _ClassVar[int]
+    END_S_FIELD_NUMBER: _ClassVar[int]
+    CAPTURED_FROM_S_FIELD_NUMBER: _ClassVar[int]
+    CAPTURED_TO_S_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_STATIC_FIELD_NUMBER: _ClassVar[int]
+    FRAMES_LEFT_OUT_FIELD_NUMBER: _ClassVar[int]
+    CHUNKS_FIELD_NUMBER: _ClassVar[int]
+    PLAN_FIELD_NUMBER: _ClassVar[int]
+    recording_id: str
+    start_s: float
+    end_s: float
+    captured_from_s: float
+    captured_to_s: float
+    frames_static: int
+    frames_left_out: int
+    chunks: int
+    plan: WindowPlan
+    def __init__(self, recording_id: _Optional[str] = ..., start_s: _Optional[float] = ..., end_s: _Optional[float] = ..., captured_from_s: _Optional[float] = ..., captured_to_s: _Optional[float] = ..., frames_static: _Optional[int] = ..., frames_left_out: _Optional[int] = ..., chunks: _Optional[int] = ..., plan: _Optional[_Union[WindowPlan, _Mapping]] = ...) -> None: ...
+
 class MediaCoverage(_message.Message):
-    __slots__ = ("kind", "frames_asked", "frames_decoded", "frames_encoded", "frames_reused", "frames_dropped", "frames_padded", "start_s", "end_s", "gaps", "tokens", "chunks", "cache_hits", "tiles")
+    __slots__ = ("kind", "frames_asked", "frames_decoded", "frames_encoded", "frames_reused", "frames_dropped", "frames_padded", "start_s", "end_s", "gaps", "tokens", "chunks", "cache_hits", "tiles", "recording")
     KIND_FIELD_NUMBER: _ClassVar[int]
     FRAMES_ASKED_FIELD_NUMBER: _ClassVar[int]
     FRAMES_DECODED_FIELD_NUMBER: _ClassVar[int]
@@ -144,6 +210,7 @@ class MediaCoverage(_message.Message):
     CHUNKS_FIELD_NUMBER: _ClassVar[int]
     CACHE_HITS_FIELD_NUMBER: _ClassVar[int]
     TILES_FIELD_NUMBER: _ClassVar[int]
+    RECORDING_FIELD_NUMBER: _ClassVar[int]
     kind: str
     frames_asked: int
     frames_decoded: int
@@ -158,7 +225,8 @@ class MediaCoverage(_message.Message):
     chunks: int
     cache_hits: int
     tiles: int
-    def __init__(self, kind: _Optional[str] = ..., frames_asked: _Optional[int] = ..., frames_decoded: _Optional[int] = ..., frames_encoded: _Optional[int] = ..., frames_reused: _Optional[int] = ..., frames_dropped: _Optional[int] = ..., frames_padded: _Optional[int] = ..., start_s: _Optional[float] = ..., end_s: _Optional[float] = ..., gaps: _Optional[_Iterable[_Union[Gap, _Mapping]]] = ..., tokens: _Optional[int] = ..., chunks: _Optional[int] = ..., cache_hits: _Optional[int] = ..., tiles: _Optional[int] = ...) -> None: ...
+    recording: RecordingCoverage
+    def __init__(self, kind: _Optional[str] = ..., frames_asked: _Optional[int] = ..., frames_decoded: _Optional[int] = ..., frames_encoded: _Optional[int] = ..., frames_reused: _Optional[int] = ..., frames_dropped: _Optional[int] = ..., frames_padded: _Optional[int] = ..., start_s: _Optional[float] = ..., end_s: _Optional[float] = ..., gaps: _Optional[_Iterable[_Union[Gap, _Mapping]]] = ..., tokens: _Optional[int] = ..., chunks: _Optional[int] = ..., cache_hits: _Optional[int] = ..., tiles: _Optional[int] = ..., recording: _Optional[_Union[RecordingCoverage, _Mapping]] = ...) -> None: ...
 
 class Coverage(_message.Message):
     __slots__ = ("media", "stage_ms")

@@ -45,6 +45,11 @@ class DecodeServiceStub(object):
                 request_serializer=nvila_dot_internal_dot_v1_dot_decode__pb2.DescribeRequest.SerializeToString,
                 response_deserializer=nvila_dot_internal_dot_v1_dot_decode__pb2.DescribeResponse.FromString,
                 _registered_method=True)
+        self.Embed = channel.unary_unary(
+                '/nvila.internal.v1.DecodeService/Embed',
+                request_serializer=nvila_dot_internal_dot_v1_dot_decode__pb2.EmbedRequest.SerializeToString,
+                response_deserializer=nvila_dot_internal_dot_v1_dot_decode__pb2.EmbedResponse.FromString,
+                _registered_method=True)
 
 
 class DecodeServiceServicer(object):
@@ -65,6 +70,13 @@ class DecodeServiceServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def Embed(self, request, context):
+        """Puts a text into the space of the language model's input embeddings.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_DecodeServiceServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -77,6 +89,11 @@ def add_DecodeServiceServicer_to_server(servicer, server):
                     servicer.Describe,
                     request_deserializer=nvila_dot_internal_dot_v1_dot_decode__pb2.DescribeRequest.FromString,
                     response_serializer=nvila_dot_internal_dot_v1_dot_decode__pb2.DescribeResponse.SerializeToString,
+            ),
+            'Embed': grpc.unary_unary_rpc_method_handler(
+                    servicer.Embed,
+                    request_deserializer=nvila_dot_internal_dot_v1_dot_decode__pb2.EmbedRequest.FromString,
+                    response_serializer=nvila_dot_internal_dot_v1_dot_decode__pb2.EmbedResponse.SerializeToString,
             ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
@@ -134,6 +151,33 @@ class DecodeService(object):
             '/nvila.internal.v1.DecodeService/Describe',
             nvila_dot_internal_dot_v1_dot_decode__pb2.DescribeRequest.SerializeToString,
             nvila_dot_internal_dot_v1_dot_decode__pb2.DescribeResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Embed(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/nvila.internal.v1.DecodeService/Embed',
+            nvila_dot_internal_dot_v1_dot_decode__pb2.EmbedRequest.SerializeToString,
+            nvila_dot_internal_dot_v1_dot_decode__pb2.EmbedResponse.FromString,
             options,
             channel_credentials,
             insecure,
