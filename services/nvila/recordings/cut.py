@@ -130,13 +130,15 @@ class PlannedGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedChunk:
-    """A chunk before it is decoded. `missing_s`: its instants for which there is no footage."""
+    """A chunk before it is decoded. `missing_s`: its instants for which there is no footage. `is_left_out`: it is not
+    to be decoded at all, since ingest fell behind."""
 
     number: int
     start_s: float
     end_s: float
     groups: tuple[PlannedGroup, ...]
     missing_s: tuple[float, ...]
+    is_left_out: bool = False
 
 
 def plan_chunk(

@@ -73,6 +73,15 @@ DECODE_PENDING_TOKENS = Metric("nvila_decode_pending_tokens", "gauge", "Prompt p
 DECODE_BACKLOG_SECONDS = Metric(
     "nvila_decode_backlog_seconds", "gauge", "Waiting prompt positions over the engine's recent positions per second."
 )
+# recordings
+RECORDED_FRAMES = Metric(
+    "nvila_recorded_frames_total", "counter", "Sampled frames of recordings by what became of them.", ("fate",)
+)
+CAPTURES = Metric("nvila_captures", "gauge", "Live sources being read, by state.", ("state",))
+CAPTURE_RECONNECTS = Metric("nvila_capture_reconnects_total", "counter", "Live sources that were connected to again.")
+INGEST_LAG_SECONDS = Metric(
+    "nvila_ingest_lag_seconds", "gauge", "Footage of the live source furthest behind that waits to be ingested."
+)
 
 ALL_METRICS = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
 

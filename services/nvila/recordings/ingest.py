@@ -1,0 +1,380 @@
+"""The handlers of ingest and of deletion: what a worker does with a recording's job.
+
+A file is kept once (a second name for an upload's bytes on the same disk), probed, and taken in chunk by chunk from
+where the chunks in the database end. A live source runs two things side by side: a *feeder* that keeps each piece of
+footage as it comes, and the taking in, chunk after chunk, as far as the footage reaches. While the source is away the
+clock runs on, so chunks of gaps are written; when taking in falls behind by more than `backlog_s`, the oldest chunks
+that wait are left out, counted and told as gaps.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AsyncExitStack, aclosing
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, Protocol
+
+from blake3 import blake3
+
+from nvila.errors import InvalidMedia, InvalidRequest, NotFound, NvilaError
+from nvila.recordings import cut
+from nvila.recordings.chunks import NO_FOOTAGE, ChunkIngest, IngestLimits, MetricSink, OpenSegment, last_encoded
+from nvila.recordings.cold import ColdStore
+from nvila.recordings.cut import PlannedChunk
+from nvila.recordings.encode import Frames, GroupEncoder, Model, Models
+from nvila.recordings.jobs import Claim
+from nvila.recordings.sources import Away, Ended, FileSources, Footage, LiveEvent
+from nvila.recordings.store import RecordingStore
+from nvila.recordings.types import Counters, Recording, RecordingState, Segment
+from nvila.telemetry import names
+from nvila.telemetry.logs import fields
+from nvila.types import Deadline, MediaKind
+
+_log = logging.getLogger(__name__)
+
+AWAY = "the source was away"
+
+_READ_BYTES = 1 << 20
+_DROP_KEYS_AT_ONCE = 500
+_CHUNKS_ON_THE_WAY = 6
+"""No more chunks than this are planned and not written yet (chunks.py)."""
+_LOOK_EVERY_S = 1.0
+
+
+class Live(Protocol):
+    """What is asked of `LiveSources`."""
+
+    def events(self, recording: Recording) -> AsyncIterator[LiveEvent]: ...
+
+
+class IngestHandler:
+    """Takes in one recording. `clock`: seconds since 1970."""
+
+    def __init__(
+        self,
+        *,
+        shelf: RecordingStore,
+        cold: ColdStore,
+        files: FileSources,
+        live: Live,
+        frames: Frames,
+        encoder: GroupEncoder,
+        models: Models,
+        metrics: MetricSink,
+        limits: IngestLimits,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._shelf = shelf
+        self._cold = cold
+        self._files = files
+        self._live = live
+        self._frames = frames
+        self._encoder = encoder
+        self._models = models
+        self._metrics = metrics
+        self._limits = limits
+        self._clock = clock
+
+    async def __call__(self, claim: Claim) -> Mapping[str, Any]:
+        """Until the recording is complete; a camera's never is. What is wrong with the source itself fails the
+        recording, everything else is for another attempt."""
+        assert claim.job.recording_id is not None, "an ingest job has a recording"
+        recording = await self._shelf.get(claim.job.recording_id, tenant=claim.job.tenant)
+        try:
+            cut.check_policy(recording.policy)
+            model = Model.of(await self._models.describe())
+            ingest = ChunkIngest(
+                recording=recording,
+                claim=claim,
+                model=model,
+                frames=self._frames,
+                encoder=self._encoder,
+                metrics=self._metrics,
+                limits=self._limits,
+                gap_reason=AWAY if recording.source.kind.is_live else NO_FOOTAGE,
+            )
+            if recording.source.kind.is_live:
+                await _LiveIngest(self, ingest).run()
+            else:
+                await self._take_file(ingest)
+        except (InvalidRequest, NotFound) as error:
+            await claim.update_recording(state=RecordingState.FAILED, error_code=error.code, error=error.message)
+            raise
+        done = await self._shelf.get(recording.id, tenant=recording.tenant)
+        return {"duration_s": done.duration_s, "counters": asdict(done.counters), "seconds": asdict(ingest.seconds)}
+
+    # -- a file
+
+    async def _take_file(self, ingest: ChunkIngest) -> None:
+        recording, claim = ingest.recording, ingest.claim
+        segments = await self._shelf.segments(recording.id)
+        segment = segments[0] if segments else await self._keep_file(recording, claim)
+        async with self._cold.open(segment.path) as path:
+            info = await self._frames.probe(path, MediaKind.VIDEO, Deadline.after(self._limits.probe_timeout_s))
+            ingest.segments[0] = OpenSegment(path=path, start_s=0.0, info=info)
+            await claim.update_recording(state=RecordingState.INGESTING, duration_s=info.duration_s)
+            first = await self.go_on(ingest)
+            await ingest.run(_chunks_of_file(ingest, first, info.duration_s))
+        await claim.update_recording(state=RecordingState.COMPLETE, ingested_s=info.duration_s)
+
+    async def _keep_file(self, recording: Recording, claim: Claim) -> Segment:
+        deadline = Deadline.after(self._limits.fetch_timeout_s)
+        async with self._files.open(recording.source, recording.tenant, deadline) as media:
+            info = await self._frames.probe(media.path, MediaKind.VIDEO, Deadline.after(self._limits.probe_timeout_s))
+            segment = Segment(
+                recording_id=recording.id,
+                number=0,
+                path=await self._cold.keep(media.path, recording.id, "0"),
+                start_s=0.0,
+                duration_s=info.duration_s,
+                size_bytes=media.size_bytes,
+                digest=media.digest.hex(),
+            )
+        async with claim.transaction() as now:
+            await now.add_segment(segment)
+            await now.update_recording(digest=segment.digest)
+        return segment
+
+    async def go_on(self, ingest: ChunkIngest) -> int:
+        """Number of the first chunk that is not written; the gate is where it was after the last one."""
+        last = await self._shelf.last_chunk(ingest.recording.id)
+        if last is None:
+            return 0
+        group = await last_encoded(self._shelf, ingest.recording, last.number + 1)
+        if group is not None and ingest.recording.policy.gate:
+            segment = await self._shelf.segment(ingest.recording.id, group.segment)
+            try:
+                async with self._cold.open(segment.path) as path:
+                    await ingest.go_on_from(group, path, self._cold)
+            except (NotFound, InvalidMedia):
+                _log.info("the last encoded group's footage is gone", extra=fields(recording=ingest.recording.id))
+        return last.number + 1
+
+
+async def _chunks_of_file(ingest: ChunkIngest, first: int, duration_s: float) -> AsyncIterator[PlannedChunk]:
+    policy, footage = ingest.recording.policy, [ingest.segments[0].footage(0)]
+    for number in range(first, cut.chunk_count(policy, duration_s)):
+        yield cut.plan_chunk(policy, number, footage, ingest.model.group, duration_s)
+
+
+class _LiveIngest:
+    """One live recording: what its feeder has brought, and how far it reaches."""
+
+    def __init__(self, services: IngestHandler, ingest: ChunkIngest) -> None:
+        self._services = services
+        self._ingest = ingest
+        self._recording = ingest.recording
+        self._claim = ingest.claim
+        self._footage: list[cut.Footage] = []
+        self._opened: dict[int, AsyncExitStack] = {}
+        self._captured_at = ingest.recording.captured_at
+        self._reach_s = 0.0
+        self._next_segment = 0
+        self._is_away = False
+        self._is_ended = False
+        self._news = asyncio.Event()
+
+    async def run(self) -> None:
+        segments = await self._services._shelf.segments(self._recording.id)
+        first = await self._services.go_on(self._ingest)
+        begin_s, _ = cut.chunk_span(self._recording.policy, first)
+        self._next_segment = len(segments)
+        self._is_away = bool(segments)  # the worker before is gone, and this one's reader has shown nothing yet
+        try:
+            for segment in segments:
+                self._reach_s = max(self._reach_s, segment.start_s + segment.duration_s)
+                if segment.start_s + segment.duration_s > begin_s:
+                    await self._open(segment)
+            async with asyncio.TaskGroup() as tasks:
+                feeder = tasks.create_task(self._feed())
+                await self._ingest.run(self._chunks(first))
+                feeder.cancel()
+        except BaseExceptionGroup as group:
+            raise _of_ours(group) from None
+        finally:
+            for opened in self._opened.values():
+                await opened.aclose()
+        await self._claim.update_recording(
+            state=RecordingState.COMPLETE, duration_s=self._reach_s, ingested_s=self._reach_s
+        )
+
+    # -- the feeder
+
+    async def _feed(self) -> None:
+        async with aclosing(self._services._live.events(self._recording)) as events:  # type: ignore[type-var]  # generators
+            async for event in events:
+                if isinstance(event, Footage):
+                    await self._keep(event)
+                elif isinstance(event, Away):
+                    await self._gone(event.error)
+                else:
+                    assert isinstance(event, Ended)
+                    break
+                self._news.set()
+        self._is_ended = True
+        self._news.set()
+
+    async def _keep(self, piece: Footage) -> None:
+        """Keep a piece, note it, open it. One that cannot be read is a gap, not an end."""
+        number, services = self._next_segment, self._services
+        deadline = Deadline.after(services._limits.probe_timeout_s)
+        try:
+            info = await services._frames.probe(piece.path, MediaKind.VIDEO, deadline)
+        except InvalidMedia as error:
+            _log.warning("a piece of footage cannot be read", extra=fields(reason=error.message))
+            piece.taken()
+            return
+        is_first = self._captured_at is None
+        captured_at = piece.captured_at if self._captured_at is None else self._captured_at
+        size_bytes, digest = await asyncio.to_thread(_measured, piece.path)
+        segment = Segment(
+            recording_id=self._recording.id,
+            number=number,
+            path=await services._cold.keep(piece.path, self._recording.id, f"{number}{piece.path.suffix}"),
+            start_s=max(piece.captured_at - captured_at, self._reach_s),
+            duration_s=info.duration_s,
+            size_bytes=size_bytes,
+            digest=digest,
+        )
+        async with self._claim.transaction() as now:
+            await now.add_segment(segment)
+            if piece.is_new_session and not is_first:
+                await now.add_counters(Counters(reconnects=1))
+            await now.update_recording(
+                state=RecordingState.LIVE,
+                captured_at=captured_at,
+                duration_s=segment.start_s + segment.duration_s,
+                error_code="",
+                error="",
+            )
+        piece.taken()
+        self._captured_at, self._next_segment = captured_at, number + 1
+        self._is_away = False
+        await self._open(segment)
+        self._reach_s = segment.start_s + segment.duration_s
+        await self._forget_old()
+
+    async def _gone(self, error: NvilaError) -> None:
+        if not self._is_away:
+            self._services._metrics.add(names.CAPTURE_RECONNECTS)
+        self._is_away = True
+        state = RecordingState.WAITING if self._captured_at is None else RecordingState.INTERRUPTED
+        await self._claim.update_recording(state=state, error_code=error.code, error=error.message)
+
+    async def _open(self, segment: Segment) -> None:
+        services, opened = self._services, AsyncExitStack()
+        try:
+            path: Path = await opened.enter_async_context(services._cold.open(segment.path))
+            deadline = Deadline.after(services._limits.probe_timeout_s)
+            info = await services._frames.probe(path, MediaKind.VIDEO, deadline)
+        except (NotFound, InvalidMedia):
+            await opened.aclose()
+            return
+        self._opened[segment.number] = opened
+        film = OpenSegment(path=path, start_s=segment.start_s, info=info)
+        self._ingest.segments[segment.number] = film
+        self._footage.append(film.footage(segment.number))
+
+    async def _forget_old(self) -> None:
+        """Files of footage that is older than it is to be kept; the rows stay, and so do the tokens."""
+        before_s = self._reach_s - self._services._limits.footage_s
+        if before_s <= 0:
+            return
+        reach_s = self._recording.policy.chunk_s
+        for segment in await self._services._shelf.segments(
+            self._recording.id, start_s=before_s - reach_s, end_s=before_s
+        ):
+            if segment.start_s + segment.duration_s < before_s and segment.number not in self._opened:
+                await self._services._cold.forget_segment(segment.path)
+
+    # -- the taking in
+
+    async def _chunks(self, first: int) -> AsyncIterator[PlannedChunk]:
+        policy, limits = self._recording.policy, self._services._limits
+        number = first
+        while True:
+            start_s, end_s = cut.chunk_span(policy, number)
+            while not self._is_ended and self._edge_s() < end_s:
+                await self._wait()
+            duration_s = self._reach_s if self._is_ended else math.inf
+            if self._is_ended and number >= cut.chunk_count(policy, duration_s):
+                return
+            lag_s = self._edge_s() - end_s
+            self._services._metrics.set(names.INGEST_LAG_SECONDS, max(0.0, lag_s))
+            planned = cut.plan_chunk(policy, number, self._of(start_s, end_s), self._ingest.model.group, duration_s)
+            yield replace(planned, is_left_out=bool(planned.groups) and not self._is_ended and lag_s > limits.backlog_s)
+            number += 1
+            await self._close_before(cut.chunk_span(policy, max(0, number - _CHUNKS_ON_THE_WAY))[0])
+
+    def _edge_s(self) -> float:
+        """How far it is known what there is: to the end of the footage, or to now while the source is away."""
+        if self._captured_at is None:
+            return -math.inf
+        if self._is_away:
+            return max(self._reach_s, self._services._clock() - self._captured_at)
+        return self._reach_s
+
+    def _of(self, start_s: float, end_s: float) -> list[cut.Footage]:
+        return [film for film in self._footage if film.end_s > start_s and film.start_s < end_s]
+
+    async def _wait(self) -> None:
+        self._news.clear()
+        try:
+            async with asyncio.timeout(_LOOK_EVERY_S):
+                await self._news.wait()
+        except TimeoutError:
+            pass
+
+    async def _close_before(self, time_s: float) -> None:
+        for film in [film for film in self._footage if film.end_s < time_s]:
+            self._footage.remove(film)
+            del self._ingest.segments[film.segment]
+            await self._opened.pop(film.segment).aclose()
+
+
+class DeleteHandler:
+    """Removes what a deleted recording has left: tokens that no other recording stands on, footage, rows. Each step may
+    be repeated; a deletion that was cut off goes on."""
+
+    def __init__(self, shelf: RecordingStore, cold: ColdStore, remove_pushed: Callable[[str], None]) -> None:
+        self._shelf = shelf
+        self._cold = cold
+        self._remove_pushed = remove_pushed
+
+    async def __call__(self, claim: Claim) -> Mapping[str, Any]:
+        recording_id = claim.job.recording_id
+        assert recording_id is not None, "a deletion has a recording"
+        freed = 0
+        while keys := await self._shelf.unshared_keys(recording_id, limit=_DROP_KEYS_AT_ONCE):
+            freed += await self._cold.drop(keys)
+            async with claim.transaction() as now:
+                await now.drop_keys(keys)
+        await self._cold.forget_segments(recording_id)
+        await asyncio.to_thread(self._remove_pushed, recording_id)
+        while True:
+            async with claim.transaction() as now:
+                if not await now.remove_chunks():
+                    await now.remove_recording()
+                    break
+        return {"bytes_freed": freed}
+
+
+def _measured(path: Path) -> tuple[int, str]:
+    digest, size = blake3(), 0
+    with path.open("rb") as file:
+        while data := file.read(_READ_BYTES):
+            digest.update(data)
+            size += len(data)
+    return size, digest.hexdigest()
+
+
+def _of_ours(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    leaves: list[BaseException] = []
+    for error in group.exceptions:
+        leaves.append(_of_ours(error) if isinstance(error, BaseExceptionGroup) else error)
+    return next((leaf for leaf in leaves if isinstance(leaf, NvilaError)), leaves[0])
