@@ -27,10 +27,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Row, delete, func, or_, select, update
+from sqlalchemy import Row, and_, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
-from nvila.errors import InvalidRequest, NotFound, NvilaError
+from nvila.errors import Conflict, NotFound, NvilaError
 from nvila.recordings import schema, store
 from nvila.recordings.database import Database, to_json
 from nvila.recordings.store import Page, Quota
@@ -44,6 +44,7 @@ from nvila.recordings.types import (
     Recording,
     RecordingState,
     Segment,
+    SourceKind,
 )
 
 MAX_ATTEMPTS = 5
@@ -116,7 +117,7 @@ class JobStore:
         with `recording_id` the job is about one that exists.
 
         The same `idempotency_key` gives the job that has it, whatever became of it (its `recording_id` names the
-        recording that was made then); with another fingerprint it raises `InvalidRequest`. Raises `NotFound` when the
+        recording that was made then); with another fingerprint it raises `Conflict`. Raises `NotFound` when the
         recording is not the tenant's, `LimitExceeded` or `Overloaded` over `quota`.
         """
         assert recording is None or recording.tenant == tenant, "a job and its recording have one tenant"
@@ -181,15 +182,16 @@ class JobStore:
 
     async def retry_dead(self, job_id: str, *, tenant: str) -> Job:
         """Queue a failed or cancelled job again, with all its attempts; its checkpoints count. One that is not over is
-        returned as it is; one that is done raises `InvalidRequest`."""
+        returned as it is; one that is done raises `Conflict`."""
         async with self._database.write() as connection:
             row = await _hold_job(connection, job_id, tenant)
             if row.state == JobState.DONE:
-                raise InvalidRequest(f"job {job_id} is done; only one that failed or was cancelled can be retried")
+                raise Conflict(f"job {job_id} is done; only one that failed or was cancelled can be retried")
             if not JobState(row.state).is_over:
                 return _job(row)
             if row.recording_id is not None:
                 await store.read_recording(connection, row.recording_id, tenant=tenant)
+                await _tell_recording(connection, row, JobState.QUEUED)
             number = await _write_event(connection, row.id, row.last_event + 1, "queued", {}, self._clock())
             await _set(
                 connection,
@@ -357,7 +359,7 @@ class JobStore:
         if row is None:
             return None
         if (row.fingerprint, row.kind) != (new.fingerprint, new.kind):
-            raise InvalidRequest("the idempotency key was used for another request", param="Idempotency-Key")
+            raise Conflict("the idempotency key was used for another request", param="Idempotency-Key")
         return _job(row)
 
     async def _insert(self, connection: AsyncConnection, tenant: str, new: NewJob) -> Job:
@@ -511,6 +513,9 @@ class Claim:
         Returns what the job is now."""
         async with self.transaction() as now:
             told = {"error_code": error.code, "error": error.message}
+            if now.cancel_asked:
+                await now.end(JobState.CANCELLED)
+                return JobState.CANCELLED
             if retry and now.attempt < self.job.max_attempts:
                 await now.event("retry", {**told, "delay_s": delay_s})
                 now.changes |= {"state": JobState.QUEUED, "not_before": self._clock() + delay_s, **told}
@@ -527,6 +532,9 @@ class Claim:
         """Give it back unfinished, through no fault of its own (the worker goes, or there is nothing to do before
         `delay_s` are over): it is queued again and this attempt does not count. The lease ends."""
         async with self.transaction() as now:
+            if now.cancel_asked:
+                await now.end(JobState.CANCELLED)
+                return
             now.changes |= {
                 "state": JobState.QUEUED,
                 "not_before": self._clock() + delay_s,
@@ -549,6 +557,10 @@ class ClaimTransaction:
     def attempt(self) -> int:
         """As the job will have it when this transaction is committed."""
         return int(self.changes.get("attempt", self._row.attempt))
+
+    @property
+    def cancel_asked(self) -> bool:
+        return bool(self._row.cancel_asked)
 
     async def checkpoint(self, step: str, payload: Mapping[str, Any]) -> bool:
         """False: it was there with the same payload. Raises `CheckpointConflict` when it was with another."""
@@ -658,6 +670,7 @@ class ClaimTransaction:
         assert state.is_over
         told: dict[str, Any] = {name: values[name] for name in ("error_code", "error") if name in values}
         await self.event(state.value, told)
+        await _tell_recording(self._connection, self._row, state, **told)
         self.changes |= {"state": state, "finished_at": self._at, **values}
 
     async def write(self) -> None:
@@ -722,6 +735,36 @@ async def _read_job(connection: AsyncConnection, job_id: str, tenant: str) -> Jo
 
 async def _set(connection: AsyncConnection, job_id: str, **values: Any) -> None:
     await connection.execute(update(schema.jobs).where(schema.jobs.c.id == job_id).values(values))
+
+
+async def _tell_recording(
+    connection: AsyncConnection, row: Row[Any], state: JobState, error_code: str = "", error: str = ""
+) -> None:
+    """What becomes of a recording when its ingest job ends other than by being done (then the handler says so), or is
+    queued again. A camera whose job is cancelled is complete: somebody has switched it off."""
+    if row.kind != JobKind.INGEST or row.recording_id is None:
+        return
+    table = schema.recordings
+    mine = and_(table.c.id == row.recording_id, table.c.state != RecordingState.DELETING)
+    values: dict[str, Any] = {"error_code": error_code, "error": error}
+    if state is JobState.QUEUED:
+        values["state"] = RecordingState.WAITING
+    elif state is JobState.FAILED:
+        values["state"] = RecordingState.FAILED
+    elif state is JobState.CANCELLED:
+        live = [kind for kind in SourceKind if kind.is_live]
+        await connection.execute(
+            update(table).where(mine, table.c.source_kind.in_(live)).values(state=RecordingState.COMPLETE)
+        )
+        mine = and_(mine, table.c.source_kind.not_in(live))
+        values |= {
+            "state": RecordingState.FAILED,
+            "error_code": "cancelled",
+            "error": "its ingest was cancelled",
+        }
+    else:
+        return
+    await connection.execute(update(table).where(mine).values(values))
 
 
 async def _write_event(

@@ -52,7 +52,9 @@ CACHE_BYTES = Metric("nvila_cache_bytes_total", "counter", "Token bytes moved.",
 CACHE_SECONDS = Metric("nvila_cache_seconds", "histogram", "Round trips to the cache.", ("operation",), SECONDS_BUCKETS)
 CACHE_LEASES = Metric("nvila_cache_leases_total", "counter", "Encode leases, by outcome.", ("outcome",))
 CACHE_USED_BYTES = Metric("nvila_cache_used_bytes", "gauge", "Memory that the cache's servers use.")
-CACHE_EVICTED = Metric("nvila_cache_evicted_keys", "gauge", "Keys that the cache's servers have evicted since they started.")
+CACHE_EVICTED = Metric(
+    "nvila_cache_evicted_keys", "gauge", "Keys that the cache's servers have evicted since they started."
+)
 CACHE_UP = Metric("nvila_cache_up", "gauge", "Share of the cache's servers that answer.")
 # vision
 VISION_REQUESTS = Metric("nvila_vision_requests_total", "counter", "Encode calls, by outcome.", ("outcome",))
@@ -82,6 +84,23 @@ CAPTURE_RECONNECTS = Metric("nvila_capture_reconnects_total", "counter", "Live s
 INGEST_LAG_SECONDS = Metric(
     "nvila_ingest_lag_seconds", "gauge", "Footage of the live source furthest behind that waits to be ingested."
 )
+# jobs of recordings, in the workers
+JOBS_FINISHED = Metric(
+    "nvila_jobs_finished_total", "counter", "Attempts at jobs, by kind and how they ended.", ("kind", "outcome")
+)
+JOBS_RUNNING = Metric("nvila_jobs_running", "gauge", "Jobs that this worker does now, by kind.", ("kind",))
+JOBS = Metric("nvila_jobs", "gauge", "Jobs in the database that wait, run or are dead, by kind.", ("kind", "state"))
+JOBS_OLDEST_SECONDS = Metric(
+    "nvila_jobs_oldest_seconds", "gauge", "How long the oldest waiting job could have begun, by kind.", ("kind",)
+)
+JOB_WAIT_SECONDS = Metric(
+    "nvila_job_wait_seconds", "histogram", "From when a job could begin to its claim.", ("kind",), SECONDS_BUCKETS
+)
+JOB_SECONDS = Metric(
+    "nvila_job_seconds", "histogram", "Of one attempt.", ("kind", "outcome"), (*SECONDS_BUCKETS, 1800, 7200, 43200)
+)
+RECORDINGS_DATABASE_UP = Metric("nvila_recordings_database_up", "gauge", "1 when the database of recordings answers.")
+
 
 ALL_METRICS = tuple(value for value in list(globals().values()) if isinstance(value, Metric))
 
@@ -119,3 +138,4 @@ ATTR_CACHE_HIT = "nvila.cache.hit"
 ATTR_CACHE_BYTES = "nvila.cache.bytes"
 ATTR_CHUNK_FRAMES = "nvila.chunk.frames"
 ATTR_KIND = "nvila.media.kind"
+ATTR_JOB_ATTEMPT = "nvila.job.attempt"
