@@ -108,6 +108,26 @@ async def test_content_comes_in_ranges_and_never_as_a_page(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
+    ("asked", "status", "said"),
+    [
+        ("bytes=3-1", 400, "start must be less than end"),
+        ("lines=1-2", 400, "bytes"),
+        ("bytes=500-600", 416, "bytes */6"),
+    ],
+)
+async def test_a_range_that_cannot_be_had_is_an_error_object(
+    tmp_path: Path, asked: str, status: int, said: str
+) -> None:
+    async with serving(tmp_path) as gateway:
+        file_id = await _upload(gateway, "a.mp4", b"script")
+        response = await gateway.client.get(f"/v1/files/{file_id}/content", headers={**BEARER, "Range": asked})
+    error = response.json()["error"]
+    assert (response.status_code, error["code"], error["param"]) == (status, "invalid_request", "Range")
+    assert said in error["message"]
+    assert response.headers.get("content-range") == ("bytes */6" if status == 416 else None)
+
+
+@pytest.mark.parametrize(
     ("given", "kept"),
     [
         ("../../etc/passwd", "passwd"),

@@ -7,11 +7,11 @@ from typing import Annotated, Literal
 
 from fastapi import FastAPI, Query, Request
 from pydantic import BaseModel
-from starlette.responses import FileResponse
 
 from nvila.errors import DeadlineExceeded, InvalidRequest
 from nvila.gateway import multipart
 from nvila.gateway.files import PURPOSES, StoredFile
+from nvila.gateway.http_content import FileContent
 from nvila.gateway.http_services import Having, HttpSettings, Tenant
 
 PATH = "/v1/files"
@@ -106,11 +106,11 @@ def add_files(app: FastAPI, settings: HttpSettings) -> None:
         """One file's description."""
         return FileObject.of(await services.files.get(tenant, file_id))
 
-    @app.get(PATH + "/{file_id}/content", tags=["files"], response_class=FileResponse)
-    async def get_content(file_id: str, services: Having, tenant: Tenant) -> FileResponse:
+    @app.get(PATH + "/{file_id}/content", tags=["files"], response_class=FileContent)
+    async def get_content(file_id: str, services: Having, tenant: Tenant) -> FileContent:
         """One file's bytes, as they came. Ranges are understood."""
         file = await services.files.get(tenant, file_id)
-        return FileResponse(
+        return FileContent(
             services.files.content_path(tenant, file_id),
             media_type="application/octet-stream",
             filename=file.filename,
