@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import httpx
 
@@ -71,6 +73,18 @@ async def _until_live(client: httpx.AsyncClient) -> None:
                 await asyncio.sleep(0.05)
 
 
+async def _said_to(port: int | None, words: bytes) -> dict[str, Any]:
+    """The error object that answers bytes which are no request."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    writer.write(words)
+    async with asyncio.timeout(5):
+        head, _, body = (await reader.read()).partition(b"\r\n\r\n")
+    writer.close()
+    assert head.startswith(b"HTTP/1.1 400 ")
+    error: dict[str, Any] = json.loads(body)["error"]
+    return error
+
+
 async def test_without_the_services_behind_it_is_live_not_ready_answers_503_and_ends_cleanly(tmp_path: Path) -> None:
     headers = {"Authorization": "Bearer key-number-one"}
     async with _process(tmp_path) as (process, client):
@@ -86,6 +100,8 @@ async def test_without_the_services_behind_it_is_live_not_ready_answers_503_and_
         metrics = (await client.get("/metrics", headers=headers)).text
         assert "nvila_decode_workers 1.0" in metrics
         assert "nvila_cache_up 0.0" in metrics
+        error = await _said_to(client.base_url.port, b"\x16\x03\x01 no HTTP at all\r\n\r\n")
+        assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_request")
         process.send_signal(signal.SIGTERM)
         async with asyncio.timeout(20):
             _, log = await process.communicate()

@@ -27,6 +27,7 @@ from nvila.gateway.egress import EgressPolicy
 from nvila.gateway.fetch import FetchLimits, MediaFetcher
 from nvila.gateway.files import FileStore
 from nvila.gateway.front import Front
+from nvila.gateway.http_content import Http
 from nvila.gateway.http_services import HttpSettings, Services
 from nvila.gateway.pipeline import Pipeline, PipelineLimits
 from nvila.gateway.request import RequestLimits
@@ -58,7 +59,7 @@ def main() -> None:
         host=settings.host,
         port=settings.http_port,
         loop="uvloop",
-        http="h11",  # strict about framing: no smuggling by two lengths
+        http=Http,  # strict about framing: no smuggling by two lengths
         h11_max_incomplete_event_size=_LONGEST_HEADERS_BYTES,
         timeout_keep_alive=75,
         timeout_graceful_shutdown=max(1, round(settings.drain_s)),
