@@ -341,7 +341,7 @@ def _timed(planned: PlannedGroup, chunk: Chunk, start_s: float) -> tuple[Group, 
     good = [place for place in range(len(planned.indices)) if place not in missing]
     times_s: list[float] = []
     for place, own_s in zip(good, chunk.times_s, strict=True):
-        time_s = planned.instants_s[place] if planned.is_still[place] else start_s + own_s
+        time_s = cut.whole_us(planned.instants_s[place] if planned.is_still[place] else start_s + own_s)
         times_s.append(max(time_s, times_s[-1]) if times_s else time_s)
     group = Group(
         times_s=tuple(times_s),

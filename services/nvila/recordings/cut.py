@@ -77,6 +77,11 @@ def chunk_count(policy: ChunkPolicy, duration_s: float) -> int:
     return number + 1
 
 
+def whole_us(time_s: float) -> float:
+    """A time in whole microseconds: what is written, so that arithmetic leaves no tails behind."""
+    return round(time_s, 6)
+
+
 def last_instant(policy: ChunkPolicy, duration_s: float) -> int:
     """Number of the last instant before `duration_s`; -1 when there is none."""
     return math.ceil((duration_s - _SLACK_S) * policy.fps) - 1

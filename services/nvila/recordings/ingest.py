@@ -117,10 +117,11 @@ class IngestHandler:
         async with self._cold.open(segment.path) as path:
             info = await self._frames.probe(path, MediaKind.VIDEO, Deadline.after(self._limits.probe_timeout_s))
             ingest.segments[0] = OpenSegment(path=path, start_s=0.0, info=info)
-            await claim.update_recording(state=RecordingState.INGESTING, duration_s=info.duration_s)
+            duration_s = cut.whole_us(info.duration_s)
+            await claim.update_recording(state=RecordingState.INGESTING, duration_s=duration_s)
             first = await self.go_on(ingest)
-            await ingest.run(_chunks_of_file(ingest, first, info.duration_s))
-        await claim.update_recording(state=RecordingState.COMPLETE, ingested_s=info.duration_s)
+            await ingest.run(_chunks_of_file(ingest, first, duration_s))
+        await claim.update_recording(state=RecordingState.COMPLETE, ingested_s=duration_s)
 
     async def _keep_file(self, recording: Recording, claim: Claim) -> Segment:
         deadline = Deadline.after(self._limits.fetch_timeout_s)
@@ -131,7 +132,7 @@ class IngestHandler:
                 number=0,
                 path=await self._cold.keep(media.path, recording.id, "0"),
                 start_s=0.0,
-                duration_s=info.duration_s,
+                duration_s=cut.whole_us(info.duration_s),
                 size_bytes=media.size_bytes,
                 digest=media.digest.hex(),
             )
@@ -236,8 +237,8 @@ class _LiveIngest:
             recording_id=self._recording.id,
             number=number,
             path=await services._cold.keep(piece.path, self._recording.id, f"{number}{piece.path.suffix}"),
-            start_s=max(piece.captured_at - captured_at, self._reach_s),
-            duration_s=info.duration_s,
+            start_s=max(cut.whole_us(piece.captured_at - captured_at), self._reach_s),
+            duration_s=cut.whole_us(info.duration_s),
             size_bytes=size_bytes,
             digest=digest,
         )

@@ -1,0 +1,240 @@
+"""The services around ingest, as fakes that keep their contracts; files and the decoders are real."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import av
+import numpy as np
+from blake3 import blake3
+
+from nvila.cache.codec import RecordFormat
+from nvila.cache.store import Lease
+from nvila.capacity.models import nvila_8b_video
+from nvila.errors import NvilaError
+from nvila.model.config import NvilaConfig
+from nvila.recordings.chunks import IngestLimits
+from nvila.recordings.cold import ColdStore
+from nvila.recordings.encode import Frames, GroupEncoder
+from nvila.recordings.ingest import IngestHandler
+from nvila.recordings.jobs import Claim, JobStore
+from nvila.recordings.sources import FileSources, LiveEvent
+from nvila.recordings.store import RecordingStore, new_recording_id
+from nvila.recordings.types import ChunkPolicy, JobKind, Recording, RecordingState, Source, SourceKind
+from nvila.telemetry.metrics import Metrics
+from nvila.types import (
+    Chunk,
+    Deadline,
+    Encoded,
+    EncodeSettings,
+    MediaSource,
+    ModelCard,
+    TokenDtype,
+    TokensRef,
+    VisualTokens,
+)
+
+CONFIG: NvilaConfig = replace(nvila_8b_video(), llm=replace(nvila_8b_video().llm, width=16))
+CARD = ModelCard(
+    name="small",
+    vision_revision="vision-1",
+    config_json=CONFIG.to_json(),
+    max_model_len=16384,
+    token_dtype=TokenDtype.FLOAT32,
+    engine="fake",
+    is_random=True,
+)
+
+
+class Models:
+    async def describe(self) -> ModelCard:
+        return CARD
+
+
+class Hot:
+    """Keeps tokens until it is told to forget; `is_down` never has any."""
+
+    def __init__(self) -> None:
+        self.records: dict[str, VisualTokens] = {}
+        self.is_down = False
+
+    async def get(self, refs: Iterable[TokensRef], form: RecordFormat) -> dict[str, VisualTokens]:
+        return {} if self.is_down else {ref.key: self.records[ref.key] for ref in refs if ref.key in self.records}
+
+    @asynccontextmanager
+    async def lease(self, ref: TokensRef, form: RecordFormat, deadline: Deadline) -> AsyncIterator[Lease]:
+        if self.is_down:
+            yield Lease.WITHOUT
+        else:
+            yield Lease.REUSED if ref.key in self.records else Lease.HELD
+
+
+class Vision:
+    """Tokens made of the frames' mean colour. `failures` are raised first, one a call; `gate` holds calls back."""
+
+    def __init__(self, hot: Hot, failures: Iterable[NvilaError] = ()) -> None:
+        self._hot = hot
+        self.failures = list(failures)
+        self.frames = 0
+        self.calls = 0
+        self.most_at_once = self._at_once = 0
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def encode(
+        self, chunk: Chunk, ref: TokensRef, settings: EncodeSettings, *, want_inline: bool, deadline: Deadline
+    ) -> Encoded:
+        self.calls += 1
+        self._at_once += 1
+        self.most_at_once = max(self.most_at_once, self._at_once)
+        try:
+            await self.gate.wait()
+            await asyncio.sleep(0)
+            if self.failures:
+                raise self.failures.pop(0)
+        finally:
+            self._at_once -= 1
+        self.frames += len(chunk.times_s)
+        colour = chunk.frames_FHWC.mean(axis=(0, 1, 2)).astype(np.float32)
+        values_TD = np.tile(np.resize(colour, CONFIG.llm_width), (ref.tokens, 1))
+        tokens = VisualTokens(
+            ref=ref,
+            dtype=settings.token_dtype,
+            values_TD=values_TD,
+            scales_T=None,
+            vision_revision=settings.vision_revision,
+        )
+        if not self._hot.is_down:
+            self._hot.records[ref.key] = tokens
+        return Encoded(ref=ref, is_published=not self._hot.is_down, inline=tokens, tiles=0, stage_ms={})
+
+
+@dataclass(frozen=True)
+class Local:
+    path: Path
+    digest: bytes
+    size_bytes: int
+
+
+class Uploads:
+    """Uploaded files by id, each a path of the test's."""
+
+    def __init__(self) -> None:
+        self.paths: dict[str, Path] = {}
+
+    @asynccontextmanager
+    async def open(self, source: MediaSource, tenant: str, deadline: Deadline) -> AsyncIterator[Local]:
+        path = self.paths[source.file_id or ""]
+        yield Local(path, blake3(path.read_bytes()).digest(), path.stat().st_size)
+
+
+class Told:
+    """A live reader that says what a test says. `seen`: events that were taken up."""
+
+    def __init__(self) -> None:
+        self.queue: asyncio.Queue[LiveEvent] = asyncio.Queue()
+
+    async def events(self, recording: Recording) -> AsyncIterator[LiveEvent]:
+        while True:
+            yield await self.queue.get()
+
+
+@dataclass(kw_only=True)
+class Taking:
+    """Everything that ingest needs, and what a test looks at afterwards."""
+
+    shelf: RecordingStore
+    jobs: JobStore
+    cold: ColdStore
+    frames: Frames
+    hot: Hot
+    vision: Vision
+    uploads: Uploads
+    live: Told
+    metrics: Metrics
+    clock: Iterator[float] | None = None
+    limits: IngestLimits = field(default_factory=IngestLimits)
+    recovery_s: float = 0.5
+
+    def handler(self, clock: object = None) -> IngestHandler:
+        more = {} if clock is None else {"clock": clock}
+        return IngestHandler(
+            shelf=self.shelf,
+            cold=self.cold,
+            files=FileSources(self.uploads),
+            live=self.live,
+            frames=self.frames,
+            encoder=GroupEncoder(self.cold, self.hot, self.vision, recovery_s=self.recovery_s),
+            models=Models(),
+            metrics=self.metrics,
+            limits=self.limits,
+            **more,  # type: ignore[arg-type]  # a clock or none
+        )
+
+    async def submit(
+        self, path: Path | None, policy: ChunkPolicy, tenant: str = "acme", kind: SourceKind = SourceKind.FILE
+    ) -> str:
+        """A new recording of a file, or of a live source; its id."""
+        recording_id = new_recording_id()
+        if path is not None:
+            self.uploads.paths[recording_id] = path
+        source = Source(kind=kind, file_id=recording_id) if path else Source(kind=kind, url="rtsp://camera/yard")
+        await self.jobs.submit(
+            tenant=tenant,
+            kind=JobKind.INGEST,
+            params={},
+            fingerprint=recording_id,
+            recording=Recording(
+                id=recording_id,
+                tenant=tenant,
+                name="yard",
+                source=source,
+                policy=policy,
+                state=RecordingState.WAITING,
+                created_at=0.0,
+            ),
+        )
+        return recording_id
+
+    async def claim(self, kind: JobKind = JobKind.INGEST) -> Claim:
+        claim = await self.jobs.claim("worker", [kind], 600.0)
+        assert claim is not None
+        return claim
+
+    async def take_in(self, path: Path, policy: ChunkPolicy, tenant: str = "acme") -> Recording:
+        """Submit, claim, ingest, finish."""
+        recording_id = await self.submit(path, policy, tenant)
+        claim = await self.claim()
+        await claim.finish(await self.handler()(claim))
+        return await self.shelf.get(recording_id, tenant=tenant)
+
+
+def write_clip(
+    path: Path,
+    seconds: float,
+    *,
+    fps: int = 5,
+    size: tuple[int, int] = (96, 64),
+    still: bool = False,
+    seed: int = 0,
+    first_at: int = 0,
+) -> Path:
+    """A clip in which a block of light moves each second, or (`still`) nothing does."""
+    width, height = size
+    rng = np.random.default_rng(seed)
+    ground = rng.integers(40, 90, (height // 8, width // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fps, options={"g": str(fps * 2), "bf": "0", "preset": "veryfast"})
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        for number in range(round(seconds * fps)):
+            picture = ground.copy()
+            second = 0 if still else first_at + number // fps
+            left, top = second * 8 % (width - 16), second // 10 * 8 % (height - 16)
+            picture[top : top + 16, left : left + 16] = 120 + second * 37 % 130
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    return path
