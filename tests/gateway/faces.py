@@ -20,10 +20,15 @@ from nvila.gateway.auth import ApiKeys
 from nvila.gateway.files import FileStore
 from nvila.gateway.front import Front
 from nvila.gateway.http_services import HttpSettings, Services
+from nvila.gateway.recordings import Recordings
 from nvila.gateway.request import RequestLimits
 from nvila.gateway.scratch import Scratch
 from nvila.gateway.uploads import UploadLimits, Uploads
 from nvila.model.estimate import RequestCost, request_cost
+from nvila.recordings.database import Database
+from nvila.recordings.inbox import Inbox
+from nvila.recordings.jobs import JobStore
+from nvila.recordings.store import Quota, RecordingStore
 from nvila.telemetry.metrics import Metrics
 from nvila.types import (
     Answered,
@@ -148,6 +153,7 @@ class Gateway:
     admission: Admission
     metrics: Metrics
     files: FileStore
+    database: Database
     client: httpx.AsyncClient
 
     async def ask(self, **body: Any) -> httpx.Response:
@@ -188,12 +194,25 @@ async def serving(
     files = FileStore(folder / "files", scratch)
     uploads = Uploads(folder / "uploads", files, scratch, UploadLimits(file_bytes=1 << 20, silence_s=1))
     front = Front(pipeline=pipeline, admission=admission, files=files, limits=limits, metrics=metrics)
+    database = Database.open(f"sqlite:///{folder}/recordings.db")
+    await database.migrate()
+    recordings = Recordings(
+        shelf=RecordingStore(database),
+        jobs=JobStore(database),
+        files=files,
+        inbox=Inbox(folder / "recordings", most_bytes=1 << 20),
+        segments=folder / "recordings",
+        quota=Quota(recordings=8, live=4, queued_jobs=8),
+    )
     services = Services(
+        keys=keys,
         front=front,
         files=files,
         scratch=scratch,
         uploads=Admission(permits=2, queue=2, wait_s=5),
         resumable=uploads,
+        recordings=recordings,
+        streams=Admission(permits=8, queue=0, wait_s=5),
         health=_Health(),
         metrics=metrics,
     )
@@ -207,9 +226,10 @@ async def serving(
     try:
         async with _listening(app) as url, httpx.AsyncClient(base_url=url, trust_env=False, verify=False) as client:
             target = f"127.0.0.1:{grpc_server.port}"
-            yield Gateway(url, target, pipeline, admission, metrics, files, client)
+            yield Gateway(url, target, pipeline, admission, metrics, files, database, client)
     finally:
         await grpc_server.stop(0)
+        await database.close()
         scratch.close()
 
 

@@ -30,10 +30,15 @@ from nvila.gateway.front import Front
 from nvila.gateway.http_content import Http
 from nvila.gateway.http_services import HttpSettings, Services
 from nvila.gateway.pipeline import Pipeline, PipelineLimits
+from nvila.gateway.recordings import Recordings
 from nvila.gateway.request import RequestLimits
 from nvila.gateway.scratch import Scratch
 from nvila.gateway.settings import GatewaySettings
 from nvila.gateway.uploads import UploadLimits, Uploads
+from nvila.recordings.database import Database
+from nvila.recordings.inbox import Inbox
+from nvila.recordings.jobs import JobStore
+from nvila.recordings.store import Quota, RecordingStore
 from nvila.telemetry import logs, names, tracing
 from nvila.telemetry.logs import fields
 from nvila.telemetry.metrics import Metrics
@@ -119,6 +124,23 @@ async def _open(settings: GatewaySettings, keys: ApiKeys, opened: AsyncExitStack
         metrics=metrics,
     )
     opened.push_async_callback(fetcher.close)
+    database_url = settings.recordings_database_url
+    live = settings.recordings_dir or settings.data_dir / "recordings"
+    database = Database.open(
+        database_url.get_secret_value() if database_url else f"sqlite:///{settings.data_dir}/recordings.db"
+    )
+    opened.push_async_callback(database.close)
+    await database.migrate()
+    recordings = Recordings(
+        shelf=RecordingStore(database),
+        jobs=JobStore(database),
+        files=files,
+        inbox=Inbox(live),
+        segments=live,
+        quota=Quota(
+            recordings=settings.max_recordings, live=settings.max_live_recordings, queued_jobs=settings.max_queued_jobs
+        ),
+    )
     pool = await DecodePool.start(
         DecodeLimits(
             max_pixels=settings.max_pixels,
@@ -164,11 +186,14 @@ async def _open(settings: GatewaySettings, keys: ApiKeys, opened: AsyncExitStack
     await opened.enter_async_context(_regularly(_SWEEP_EVERY_S, resumable.sweep))
     _log.info("gateway started", extra=fields(grpc_port=grpc_server.port, tenants_need_keys=settings.auth != "none"))
     return Services(
+        keys=keys,
         front=front,
         files=files,
         scratch=scratch,
         uploads=Admission(permits=settings.max_uploads, queue=settings.max_queue, wait_s=settings.queue_timeout_s),
         resumable=resumable,
+        recordings=recordings,
+        streams=Admission(permits=settings.max_streams, queue=0, wait_s=settings.queue_timeout_s),
         health=health,
         metrics=metrics,
     )

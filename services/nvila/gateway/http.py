@@ -15,7 +15,7 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from nvila.errors import NotFound, NvilaError
-from nvila.gateway import http_estimate, http_files, http_uploads, schema
+from nvila.gateway import http_estimate, http_files, http_jobs, http_recordings, http_uploads, schema
 from nvila.gateway.auth import ApiKeys
 from nvila.gateway.chat import ChatResponse
 from nvila.gateway.front import Front
@@ -50,6 +50,8 @@ def create_app(keys: ApiKeys, settings: HttpSettings, open_services: OpenService
     def limit_bytes(path: str) -> int:
         if path == http_files.PATH:
             return settings.media_bytes + _FORM_BYTES
+        if path.startswith(f"{http_recordings.PATH}/") and path.endswith(http_recordings.FRAMES):
+            return settings.push_bytes
         return settings.media_bytes if path.startswith(f"{http_uploads.PATH}/") else settings.body_bytes
 
     app = FastAPI(
@@ -70,6 +72,8 @@ def create_app(keys: ApiKeys, settings: HttpSettings, open_services: OpenService
     _add_chat(app, settings)
     http_files.add_files(app, settings)
     http_uploads.add_uploads(app)
+    http_recordings.add_recordings(app)
+    http_jobs.add_jobs(app, settings)
     _add_health(app)
     if settings.docs:
         add_docs(app)
@@ -209,6 +213,8 @@ async def _failed(_: Request, error: Exception) -> Response:
 
 async def _no_route(_: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, NvilaError):  # raised while FastAPI read a body, which takes all errors for its own
+        return await _failed(_, error.__cause__)
     code = {404: "not_found", 405: "method_not_allowed"}.get(error.status_code, "invalid_request")
     content = error_object(error.status_code, message=f"{error.detail}", code=code)
     return json_response(error.status_code, content, dict(error.headers or {}))

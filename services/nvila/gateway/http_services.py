@@ -9,8 +9,10 @@ from typing import Annotated, Protocol
 from fastapi import Depends, Request
 
 from nvila.gateway.admission import Admission
+from nvila.gateway.auth import ApiKeys
 from nvila.gateway.files import FileStore
 from nvila.gateway.front import Front
+from nvila.gateway.recordings import Recordings
 from nvila.gateway.scratch import Scratch
 from nvila.gateway.uploads import Uploads
 from nvila.telemetry.metrics import Metrics
@@ -24,25 +26,31 @@ class Health(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class HttpSettings:
-    """`body_s`, `upload_s`: for a body to arrive. `heartbeat_s`: between comments in a silent stream."""
+    """`body_s`, `upload_s`: for a body to arrive. `push_bytes`: of one body of pushed video. `heartbeat_s`: between
+    comments in a silent stream."""
 
     body_bytes: int
     media_bytes: int
     body_s: float
     upload_s: float
+    push_bytes: int = 64 << 30
     heartbeat_s: float = 10.0
     docs: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
 class Services:
-    """What the routes use; made by `app.py`, kept in the app's lifespan state. `uploads`: permits, of both kinds."""
+    """What the routes use; made by `app.py`, kept in the app's lifespan state. `uploads`: permits, of both kinds;
+    `streams`: of what lasts as long as the client likes, pushed video and followed jobs."""
 
+    keys: ApiKeys
     front: Front
     files: FileStore
     scratch: Scratch
     uploads: Admission
     resumable: Uploads
+    recordings: Recordings
+    streams: Admission
     health: Health
     metrics: Metrics
 

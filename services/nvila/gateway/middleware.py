@@ -27,7 +27,9 @@ from nvila.telemetry.logs import fields
 _log = logging.getLogger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/health/live", "/health/ready", "/v1/health/live", "/v1/health/ready"})
-"""The only paths that need no key; they say nothing about requests or tenants."""
+"""Paths that need no key; they say nothing about requests or tenants."""
+CONSOLE_FILES = "/console/"
+"""What the console's page at `/` loads."""
 _QUIET_PATHS = OPEN_PATHS | {"/metrics"}
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}")
@@ -90,21 +92,37 @@ class Named:
 
 
 class KeyNeeded:
-    """Refuses requests without a valid key, whatever their path; leaves the key's tenant in the request's state."""
+    """Refuses requests without a valid key, whatever their path; leaves the key's tenant in the request's state.
+
+    Open besides health: the console's own files, which hold nothing; and reading by a signed link, which names its
+    tenant (`ApiKeys.sign`).
+    """
 
     def __init__(self, app: ASGIApp, keys: ApiKeys) -> None:
         self._app = app
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS:
+        if scope["type"] == "http" and not _is_open(scope["method"], scope["path"]):
             try:
-                tenant = self._keys.tenant(Headers(scope=scope).get("authorization"))
+                tenant = self._tenant(scope)
             except Unauthenticated as error:
                 await to_response(error)(scope, receive, send)
                 return
             scope.setdefault("state", {})["tenant"] = tenant
         await self._app(scope, receive, send)
+
+    def _tenant(self, scope: Scope) -> str:
+        authorization = Headers(scope=scope).get("authorization")
+        query = scope.get("query_string", b"").decode("latin-1")
+        if authorization is None and scope["method"] in ("GET", "HEAD") and "signature=" in query:
+            return self._keys.signed_tenant(scope["path"], query)
+        return self._keys.tenant(authorization)
+
+
+def _is_open(method: str, path: str) -> bool:
+    is_console = path == "/" or path.startswith(CONSOLE_FILES)
+    return path in OPEN_PATHS or (is_console and method in ("GET", "HEAD"))
 
 
 class BodyBounded:

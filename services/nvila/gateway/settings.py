@@ -56,6 +56,21 @@ class GatewaySettings(BaseSettings):
     data_dir: Path = Path("/var/lib/nvila")
     """Folder for uploaded files and media on the way. Replicas that share it share uploaded files."""
 
+    # -- recordings
+    recordings_database_url: SecretStr | None = None
+    """Where recordings and jobs are kept: sqlite:///folder/file.db, or postgresql://user:password@host/database; the
+    recordings part must have the same. Default: recordings.db in the data folder."""
+    recordings_dir: Path | None = None
+    """Folder for video of live recordings, shared with the recordings part. Default: recordings in the data folder."""
+    max_recordings: Count = 10_000
+    """Most recordings of a tenant."""
+    max_live_recordings: Count = 64
+    """Most cameras and pushed streams of a tenant at the same time."""
+    max_queued_jobs: Count = 1_000
+    """Most jobs of a tenant that wait to begin."""
+    max_streams: Count = 256
+    """Jobs followed and recordings pushed at the same time, over HTTP and gRPC together."""
+
     # -- what one request may ask
     max_body_bytes: Count = 32 * _MIB
     """Largest JSON body or gRPC message, media as data included."""

@@ -101,7 +101,9 @@ class Inbox:
 
     def take(self, piece: Piece) -> None:
         """It is kept elsewhere now. Its number stays taken."""
-        (piece.path.parent / "taken").write_text(str(piece.number))
+        making = piece.path.with_name(".taken")
+        making.write_text(str(piece.number))
+        making.replace(piece.path.with_name("taken"))
         piece.path.unlink(missing_ok=True)
 
     def is_ended(self, recording_id: str) -> bool:
@@ -113,7 +115,7 @@ class Inbox:
     def _next_number(self, folder: Path) -> int:
         there = [int(match[1]) for name in _names(folder) if (match := _PIECE.fullmatch(name))]
         with suppress(FileNotFoundError):
-            there.append(int((folder / "taken").read_text() or "-1"))
+            there.append(int((folder / "taken").read_text()))
         return max(there, default=-1) + 1
 
     def _recording_folder(self, recording_id: str) -> Path:

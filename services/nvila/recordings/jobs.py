@@ -22,7 +22,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -245,7 +245,7 @@ class JobStore:
             await _read_job(connection, job_id, tenant)
             return [JobEvent(**row._mapping) for row in await connection.execute(query.limit(limit))]
 
-    async def follow(self, job_id: str, number: int = 0, *, tenant: str) -> AsyncIterator[JobEvent]:
+    async def follow(self, job_id: str, number: int = 0, *, tenant: str) -> AsyncGenerator[JobEvent, None]:
         """Events with greater numbers than `number` as they come, until the job is over and all have been given.
         Raises `NotFound` when the job is removed meanwhile."""
         while True:
