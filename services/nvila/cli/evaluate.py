@@ -19,8 +19,9 @@ from nvila.train.data.mixture import Source, open_source
 from nvila.train.evaluation import compare, report
 from nvila.train.evaluation.adapters import BenchmarkSource
 from nvila.train.evaluation.baselines import Chance, Statistics
-from nvila.train.evaluation.run import Answerer, TextOnly, evaluate, read_answers
+from nvila.train.evaluation.run import Answer, Answerer, TextOnly, evaluate, read_answers
 from nvila.train.samples import Sample
+from nvila.types import TokenDtype
 
 _SERVED_TIME_TOKENS = 100
 _LOSS_EXIT = 1
@@ -31,8 +32,22 @@ _PLAIN_WIDTH = 140
 def run(args: argparse.Namespace) -> int:
     if args.compare:
         return _compare(args)
+    bad: list[str] = []
+    name, answers = _ask(args, bad)
+    if args.json:
+        extra = {"split": args.split, "frames": args.frames, "left_out": bad}
+        show.print_json(report.as_json(name, answers, extra))
+    else:
+        print_table(report.table(f"{name} on {args.data} ({args.format or args.split})", answers))
+        for where in bad[:10]:
+            show.console.print(f"[yellow]left out: {where}[/]")
+    return 0
+
+
+def _ask(args: argparse.Namespace, bad: list[str]) -> tuple[str, list[Answer]]:
+    """Every question of the data that were named; who answered, and what. `bad` gets what could not be read."""
     if args.data is None:
-        raise InvalidRequest("name a folder with test data, or two runs with --compare")
+        raise InvalidRequest("name a folder with test data, or two kept runs with --compare")
     sources = _sources(args)
     total = sum(min(len(source), args.limit or len(source)) for source in sources)
     with closing(_answerer(args, [source.name for source in sources])) as answerer, _bar() as bar:
@@ -46,20 +61,12 @@ def run(args: argparse.Namespace) -> int:
             bar.advance(task)
             bar.update(task, score=100 * right / max(1, bar.tasks[0].completed))
 
-        bad: list[str] = []
         answers = evaluate(
             _samples(sources, args.limit, bad), answerer, args.out, progress, time_tokens=_time_tokens(args, answerer)
         )
     if not answers:
         raise NotFound(f"no sample of {args.data} could be read")
-    if args.json:
-        extra = {"split": args.split, "frames": args.frames, "left_out": bad}
-        show.print_json(report.as_json(answerer.name, answers, extra))
-    else:
-        print_table(report.table(f"{answerer.name} on {args.data} ({args.format or args.split})", answers))
-        for where in bad[:10]:
-            show.console.print(f"[yellow]left out: {where}[/]")
-    return 0
+    return answerer.name, answers
 
 
 def _sources(args: argparse.Namespace) -> list[Source]:
@@ -115,7 +122,12 @@ def _answerer(args: argparse.Namespace, names: list[str]) -> Answerer:
     from nvila.train.evaluation.model import ModelAnswerer
 
     return ModelAnswerer.load(
-        path, device=args.device, frames=args.frames, batch=args.batch, max_tokens=args.max_tokens
+        path,
+        device=args.device,
+        frames=args.frames,
+        batch=args.batch,
+        max_tokens=args.max_tokens,
+        token_dtype=TokenDtype(args.token_dtype),
     )
 
 
@@ -130,7 +142,7 @@ def _time_tokens(args: argparse.Namespace, answerer: Answerer) -> int:
 
 
 def _compare(args: argparse.Namespace) -> int:
-    a, b = (read_answers(path) for path in args.compare)
+    a, b = (_answers(args, path) for path in args.compare)
     differences = compare.compare(a, b)
     if args.json:
         show.print_json({"differences": [asdict(one) | {"loss": one.loss} for one in differences]})
@@ -141,6 +153,16 @@ def _compare(args: argparse.Namespace) -> int:
         show.console.print(f"[red]B loses {100 * whole.loss:.1f} points; at most {args.max_loss:g} are allowed[/]")
         return _LOSS_EXIT
     return 0
+
+
+def _answers(args: argparse.Namespace, run_or_model: Path) -> list[Answer]:
+    """Of a kept run; or of a checkpoint, which is asked now."""
+    if not run_or_model.exists():
+        raise NotFound(f"--compare {run_or_model}: there is no such file or folder")
+    if not run_or_model.is_dir():
+        return read_answers(run_or_model)
+    only_model = {"model": str(run_or_model), "url": None, "baseline": None, "out": None}
+    return _ask(argparse.Namespace(**vars(args) | only_model), [])[1]
 
 
 def print_table(table: object) -> None:

@@ -79,6 +79,7 @@ def parser() -> argparse.ArgumentParser:
     _demo(verbs.add_parser("demo", help="start a stack, ask two questions about a real video, stop it"))
     training.train(verbs.add_parser("train", help="train, tune and prune models: recipes, stages, ablations"))
     training.evaluate(verbs.add_parser("evaluate", help="score answers to data sets; compare two runs"))
+    training.quantize(verbs.add_parser("quantize", help="put the tower in 8 bits, the language model in 4"))
     operations.capacity(verbs.add_parser("capacity", help="what a load needs, and what autoscaling makes of it"))
     operations.cluster(verbs.add_parser("cluster", help="nvila in Kubernetes: doctor, status, wait, scale, bundle"))
     return top

@@ -1,4 +1,4 @@
-"""What can be typed for training and evaluation; the work is in the modules of the actions' names."""
+"""What can be typed for training, evaluation and quantising; the work is in the modules of the actions' names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,8 @@ def evaluate(verb: argparse.ArgumentParser) -> None:
         "  nvila evaluate DATA --url http://host:8000 --out A.jsonl\n"
         "  nvila evaluate DATA --baseline statistics              what answers without looking are worth\n"
         "  nvila evaluate DOCVQA_FOLDER --format docvqa --model FOLDER\n"
-        "  nvila evaluate --compare A.jsonl B.jsonl --max-loss 1  fails if B is worse by more than 1 point"
+        "  nvila evaluate --compare A.jsonl B.jsonl --max-loss 1  fails if B is worse by more than 1 point\n"
+        "  nvila evaluate DATA --compare FOLDER_A FOLDER_B --max-loss 1     the same of two checkpoints, asked now"
     )
     verb.add_argument("data", nargs="?", type=Path, metavar="FOLDER", help="with shards, conversation lists, or files")
     verb.add_argument("--tasks", metavar="MIXTURE", help="such as shapes+scene (default: every set of the split)")
@@ -48,9 +49,40 @@ def evaluate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument("--max-tokens", type=int, default=32, metavar="N", help="longest answer (%(default)s)")
     verb.add_argument("--time-tokens", type=int, metavar="N", help="of the served model, for --url (default: 100)")
     verb.add_argument("--out", type=Path, metavar="FILE", help="keep answers there, one a line; a second run goes on")
-    verb.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two kept runs side by side")
+    verb.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two kept runs or two checkpoints")
+    verb.add_argument(
+        "--token-dtype", choices=["float32", "int8"], default="float32", help="visual tokens as a cache keeps them"
+    )
     verb.add_argument("--max-loss", type=float, metavar="POINTS", help="with --compare: most that B may lose (of 100)")
     verb.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+
+
+def quantize(verb: argparse.ArgumentParser) -> None:
+    actions = verb.add_subparsers(dest="action", required=True, metavar="ACTION")
+    tower = actions.add_parser("tower", help="linears of the vision tower in 8 bits, outliers smoothed (W8A8)")
+    llm = actions.add_parser("llm", help="linears of the language model in 4 bits (AWQ, W4A16)")
+    for action in (tower, llm):
+        action.add_argument("model", metavar="FOLDER|ID", help="the checkpoint")
+        action.add_argument("out", type=Path, metavar="NEW_FOLDER")
+        action.add_argument(
+            "--media", nargs="+", type=Path, default=[], metavar="FILE|FOLDER", help="to calibrate with"
+        )
+        action.add_argument("--data", metavar="MIXTURE", help="likewise, as `nvila train` names data")
+        action.add_argument("--seed", type=int, default=0, metavar="N", help="of rendered data (%(default)s)")
+        action.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
+        action.add_argument(
+            "--min-cosine", type=float, metavar="X", help="fail if a layer stays less similar than this"
+        )
+        action.add_argument("--json", action="store_true", help="print one JSON object, for programs")
+    tower.add_argument("--tiles", type=int, default=64, metavar="N", help="to calibrate with (%(default)s)")
+    tower.add_argument("--held-out", type=int, default=16, metavar="N", help="tiles to report on (%(default)s)")
+    tower.add_argument(
+        "--alpha", type=float, default=0.3, metavar="X", help="outliers moved into weights (%(default)s)"
+    )
+    llm.add_argument("--sequences", type=int, default=128, metavar="N", help="to calibrate with (%(default)s)")
+    llm.add_argument("--positions", type=int, default=512, metavar="N", help="of each (%(default)s)")
+    llm.add_argument("--held-out", type=int, default=16, metavar="N", help="sequences to report on (%(default)s)")
+    llm.add_argument("--group", type=int, default=128, metavar="N", help="inputs that share a scale (%(default)s)")
 
 
 def _data(action: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
@@ -16,7 +16,7 @@ import torch
 
 from nvila.cache.codec import RecordFormat
 from nvila.cache.store import TokenStore
-from nvila.decode.engine import Engine, EngineModel, choose_dtype, cpu_threads
+from nvila.decode.engine import DTYPES, Engine, EngineModel, choose_dtype, cpu_threads
 from nvila.decode.prompt import PromptBuilder, PromptLimits
 from nvila.decode.service import DecodeService
 from nvila.decode.settings import Settings
@@ -46,8 +46,8 @@ class Decode:
 async def build(settings: Settings, metrics: Metrics) -> AsyncIterator[Decode]:
     """Load the model, start the engine, connect to the cache; close all of it at the end. Blocks while loading."""
     checkpoint = Checkpoint.open(settings.model)
-    dtype = choose_dtype(settings.dtype)
     engine_name = _engine_name(settings)
+    dtype, is_4_bit = choose_precision(checkpoint, engine_name, settings.dtype)
     max_model_len = model_length(checkpoint.config, settings.max_model_len)
     form = RecordFormat(
         width=checkpoint.config.llm_width,
@@ -55,7 +55,7 @@ async def build(settings: Settings, metrics: Metrics) -> AsyncIterator[Decode]:
         vision_revision=await asyncio.to_thread(lambda: checkpoint.vision_revision),
     )
     model = EngineModel(
-        llm_path=checkpoint.llm_path,
+        llm_path=checkpoint.llm_path if is_4_bit else checkpoint.dense_llm_path,
         dtype=dtype,
         max_model_len=max_model_len,
         stop_ids=checkpoint.stop_ids,
@@ -103,6 +103,34 @@ def model_length(config: NvilaConfig, wanted: int) -> int:
             f"NVILA_DECODE_MAX_MODEL_LEN is {wanted:,}; the model was made for {config.max_positions:,} positions"
         )
     return wanted or min(config.max_positions, LONGEST_DEFAULT)
+
+
+def choose_precision(
+    checkpoint: Checkpoint, engine: str, wanted: str, has_kernel: Callable[[], bool] | None = None
+) -> tuple[torch.dtype, bool]:
+    """The arithmetic, and whether a language model that is stored in four bits is served so.
+
+    Only vLLM has kernels for four bits, which compute in 16: `auto` is bfloat16 for them on a processor, too. Where
+    they are missing, or float32 is asked for, the model is written out in 16 bits, and the log says why.
+    """
+    if not checkpoint.has_int4_llm:
+        return choose_dtype(wanted), False
+    if engine != "vllm":
+        reason = f"the {engine} engine has no kernel for four bits"
+    elif wanted == "float32":
+        reason = "kernels for four bits compute in 16 bits, NVILA_DECODE_DTYPE is float32"
+    elif not (has_kernel or has_4_bit_kernel)():
+        reason = "this processor has no kernel for four bits (AVX-512)"
+    else:
+        _log.info("the language model is served in four bits", extra=fields(model=checkpoint.name))
+        return (torch.bfloat16 if wanted == "auto" else DTYPES[wanted]), True
+    _log.warning("the language model is served dequantised", extra=fields(model=checkpoint.name, reason=reason))
+    return choose_dtype(wanted), False
+
+
+def has_4_bit_kernel() -> bool:
+    """vLLM's for GPUs, or the one for processors, which is made for AVX-512 only (DESIGN §7)."""
+    return torch.cuda.is_available() or torch.backends.cpu.get_cpu_capability().startswith("AVX512")
 
 
 def token_dtype(wanted: str, dtype: torch.dtype) -> TokenDtype:

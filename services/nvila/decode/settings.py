@@ -27,7 +27,8 @@ class Settings(BaseSettings):
     engine: Literal["auto", "vllm", "transformers"] = "auto"
     """What generates: vLLM (`auto`), or the plain reference that needs neither vLLM nor a GPU."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Arithmetic of the language model. `auto`: bfloat16 on a GPU, float32 on a processor (DESIGN §7)."""
+    """Arithmetic of the language model. `auto`: bfloat16 on a GPU, float32 on a processor (DESIGN §7), but bfloat16
+    for one in four bits where the processor has a kernel for that."""
     token_dtype: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     """How visual tokens are stored. `auto`: float32 for a float32 model, else bfloat16. int8 halves the bytes."""
     max_model_len: Amount = 0

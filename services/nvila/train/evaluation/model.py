@@ -20,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel, Qwen2ForCausalLM
 from transformers.utils.logging import disable_progress_bar
 
+from nvila.cache.codec import quantize
 from nvila.errors import InvalidRequest, LimitExceeded
 from nvila.model.checkpoint import Checkpoint
 from nvila.model.config import ImageMode
@@ -30,7 +31,8 @@ from nvila.types import EncodeSettings, MediaKind, PromptMedia, PromptUsage, Tok
 
 
 class ModelAnswerer:
-    """Implements `Answerer`. `frames`: looked at of each video; None is the model's own number."""
+    """Implements `Answerer`. `frames`: looked at of each video; None is the model's own number. `token_dtype`: visual
+    tokens are as a cache keeps them, FLOAT32 or INT8."""
 
     def __init__(
         self,
@@ -41,12 +43,14 @@ class ModelAnswerer:
         frames: int | None = None,
         batch: int = 8,
         max_tokens: int = 32,
+        token_dtype: TokenDtype = TokenDtype.FLOAT32,
     ) -> None:
         self.name, self.batch = checkpoint.name, batch
         self.config = checkpoint.config
         self._tokenizer = checkpoint.tokenizer()
         self._stop_ids, self._suppressed_ids = list(checkpoint.stop_ids), list(checkpoint.suppressed_ids)
         self._encoder, self._llm = encoder, llm.eval()
+        self._token_dtype = token_dtype
         self._frames, self._max_tokens = frames or self.config.default_frames, max_tokens
 
     @classmethod
@@ -59,6 +63,7 @@ class ModelAnswerer:
         frames: int | None = None,
         batch: int = 8,
         max_tokens: int = 32,
+        token_dtype: TokenDtype = TokenDtype.FLOAT32,
     ) -> ModelAnswerer:
         """On a GPU in bfloat16 where there is one, else in float32. Raises `InvalidCheckpoint`."""
         device = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -67,7 +72,15 @@ class ModelAnswerer:
         checkpoint = Checkpoint.open(path)
         encoder = VisionEncoder.from_checkpoint(checkpoint, device, dtype)
         llm = Qwen2ForCausalLM.from_pretrained(checkpoint.dense_llm_path, dtype=dtype, local_files_only=True)
-        return cls(checkpoint, encoder, llm.to(device), frames=frames, batch=batch, max_tokens=max_tokens)
+        return cls(
+            checkpoint,
+            encoder,
+            llm.to(device),
+            frames=frames,
+            batch=batch,
+            max_tokens=max_tokens,
+            token_dtype=token_dtype,
+        )
 
     def close(self) -> None:
         """Nothing is held but memory."""
@@ -107,7 +120,7 @@ class ModelAnswerer:
             )
             values_TD, levels = self._encoder.encode(self._pixels(item), settings)
             key = str(number)
-            values_by_key[key] = values_TD
+            values_by_key[key] = self._as_kept(values_TD)
             ref = TokensRef(key=key, levels=levels)
             media.append(PromptMedia(kind=item.kind, is_tiled=settings.is_tiled, records=(ref,)))
         messages = sample.messages if is_answered else sample.prompt
@@ -115,6 +128,13 @@ class ModelAnswerer:
         if layout.usage.total + self._max_tokens > self.config.max_positions:
             raise LimitExceeded.of("prompt positions", asked=layout.usage.total, limit=self.config.max_positions)
         return splice(layout.segments, self._embed, values_by_key), layout.usage
+
+    def _as_kept(self, values_TD: Tensor) -> Tensor:
+        if self._token_dtype is TokenDtype.FLOAT32:
+            return values_TD
+        values, scales_T = quantize(values_TD.cpu().numpy(), self._token_dtype)
+        assert scales_T is not None, "of 8 bits or whole"
+        return torch.from_numpy(values.astype(np.float32) * scales_T[:, None])
 
     def _pixels(self, item: SampleMedia) -> NDArray[np.uint8]:
         """As the decode workers hand it to the tower: the last group of frames filled up."""
