@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from nvila.errors import InvalidMedia, LimitExceeded, NvilaError, Overloaded, Unavailable
 from nvila.gateway.admission import Admission
-from tests.gateway.faces import ANSWERED, BEARER, HELLO, KEY, PAUSE, Gateway, ScriptedPipeline, serving, video
+from tests.gateway.faces import ANSWERED, BEARER, COVERAGE, HELLO, KEY, PAUSE, Gateway, ScriptedPipeline, serving, video
 
 
 def _openai(gateway: Gateway) -> openai.AsyncOpenAI:
@@ -43,6 +44,20 @@ async def test_the_openai_client_gets_an_answer_with_usage_by_modality_and_cover
     assert details.model_extra["video_tokens"] == 2056
     assert answer.model_extra is not None
     assert answer.model_extra["coverage"]["media"][0]["gaps"][0]["reason"] == "2 frames could not be decoded"
+
+
+async def test_numbers_of_the_coverage_end_at_the_microsecond(tmp_path: Path) -> None:
+    gap = replace(COVERAGE.media[0].gaps[0], start_s=1.4000000000000001, end_s=0.1 + 0.2)
+    media = (replace(COVERAGE.media[0], gaps=(gap,), end_s=6.3000000000000007),)
+    coverage = replace(COVERAGE, media=media, stage_ms={"video": 1 / 3})
+    pipeline = ScriptedPipeline(script=("A cat.", replace(ANSWERED, coverage=coverage)))
+    async with serving(tmp_path, pipeline) as gateway:
+        whole = (await gateway.ask()).json()["coverage"]
+        streamed = (await _events(gateway))[-1]["coverage"]
+    assert whole == streamed
+    (item,) = whole["media"]
+    assert (item["gaps"][0]["start_s"], item["gaps"][0]["end_s"], item["end_s"]) == (1.4, 0.3, 6.3)
+    assert whole["stage_ms"] == {"video": 0.333333}
 
 
 @pytest.mark.parametrize("has_usage", [False, True])

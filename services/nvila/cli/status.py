@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 
 import psutil
+from rich.console import Console, RenderableType
 from rich.table import Table
 
 from nvila.cli import processes, show, stack
@@ -16,6 +17,11 @@ from nvila.cli.client import GatewayClient
 from nvila.cli.stack import StackConfig
 from nvila.cli.state import PartPhase, PartState, StackFolder, StackState, folder_of
 from nvila.errors import NvilaError, Unavailable
+
+_COLUMNS = ("part", "health", "pid", "port", "memory", "restarts", "up", "version")
+_LEFT_OUT = ("restarts", "up", "version")
+"""On a terminal narrower than `_WHOLE_WIDTH`; `--json` has all."""
+_WHOLE_WIDTH = 80
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,15 +114,20 @@ def _model(config: StackConfig) -> str:
 
 
 def _print(config: StackConfig, state: StackState, statuses: list[PartStatus], model: str) -> None:
-    show.console.print(
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console.width = 240  # a file has no edge
+    console.print(
         f"\n[bold]{state.name}[/]  {config.url}  [dim]model[/] {model or config.model}  "
-        f"[dim]supervisor[/] {state.supervisor.pid}\n"
+        f"[dim]supervisor[/] {state.supervisor.pid}\n",
+        soft_wrap=True,
     )
+    columns = [column for column in _COLUMNS if not (console.width < _WHOLE_WIDTH and column in _LEFT_OUT)]
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for title in ("part", "health", "pid", "port", "memory", "restarts", "up", "version"):
-        table.add_column(title, justify="left" if title in ("part", "health", "version") else "right", no_wrap=True)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("part", "health", "version") else "right", no_wrap=True)
     for status in statuses:
-        table.add_row(
+        cells: tuple[RenderableType, ...] = (
             status.name,
             show.phase_text(status.health),
             str(status.pid or ""),
@@ -126,8 +137,9 @@ def _print(config: StackConfig, state: StackState, statuses: list[PartStatus], m
             _duration(status.uptime_s),
             status.version,
         )
-    show.console.print(table)
-    show.console.print()
+        table.add_row(*(cell for column, cell in zip(_COLUMNS, cells, strict=True) if column in columns))
+    console.print(table)
+    console.print()
 
 
 def _size(size_bytes: int) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import aclosing, asynccontextmanager
-from typing import Protocol
+from dataclasses import fields, is_dataclass, replace
+from typing import Any, Protocol
 
 from opentelemetry import trace
 
@@ -89,7 +90,8 @@ class Front:
     ) -> AsyncGenerator[AnswerEvent, None]:
         """The pipeline's events, with the current span's GenAI attributes set as they become known.
 
-        Text deltas without text are left out. Close it (`aclosing`) to stop the work.
+        Text deltas without text are left out, and numbers of the coverage end at the sixth decimal. Close it
+        (`aclosing`) to stop the work.
         """
         current = trace.get_current_span()
         began = time.perf_counter()
@@ -101,6 +103,7 @@ class Front:
         async with aclosing(self._pipeline.answer(question)) as events:
             async for event in events:
                 if isinstance(event, Answered):
+                    event = replace(event, coverage=_rounded(event.coverage))
                     _describe_answer(current, event, said)
                 elif not event.text:
                     continue
@@ -185,6 +188,19 @@ def _describe_answer(current: trace.Span, answered: Answered, said: list[str]) -
     if tracing.captures_content():
         answer = [{"role": "assistant", "parts": [{"type": "text", "content": "".join(said)}]}]
         current.set_attribute(names.ATTR_OUTPUT_MESSAGES, json.dumps(answer))
+
+
+def _rounded(value: Any) -> Any:
+    """The same with microseconds as the finest: sums and quotients of times end in digits that mean nothing."""
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, tuple):
+        return tuple(_rounded(one) for one in value)
+    if isinstance(value, Mapping):
+        return {name: _rounded(one) for name, one in value.items()}
+    if is_dataclass(value) and not isinstance(value, type):
+        return replace(value, **{field.name: _rounded(getattr(value, field.name)) for field in fields(value)})
+    return value
 
 
 def answer_id(question: Question) -> str:
