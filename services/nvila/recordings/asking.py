@@ -6,17 +6,18 @@ place and done again gives the result of one that was not.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from blake3 import blake3
 
-from nvila.errors import InvalidRequest, LimitExceeded
+from nvila.errors import InvalidRequest, LimitExceeded, NvilaError
 from nvila.model.config import NvilaConfig
 from nvila.model.estimate import text_at_most
 from nvila.recordings.planner import Budget
@@ -39,6 +40,8 @@ from nvila.types import (
     TextPart,
     TokensRef,
 )
+
+T = TypeVar("T")
 
 MOST_QUESTION_CHARS = 8_000
 MOST_ANSWER_TOKENS = 4_096
@@ -141,6 +144,25 @@ async def budget_of(answerer: Answerer, question: Question) -> tuple[Budget, Nvi
     return Budget.of(config, longest=card.max_model_len, text=text, answer=answer), config
 
 
+async def together(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """All results, in order; the first failure cancels the rest and is raised itself, not in a group."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one) for one in work]
+    except BaseExceptionGroup as group_error:
+        leaves = list(_leaves(group_error))
+        raise next((leaf for leaf in leaves if isinstance(leaf, NvilaError)), leaves[0]) from None
+    return [task.result() for task in tasks]
+
+
+def _leaves(group: BaseExceptionGroup[BaseException]) -> Iterator[BaseException]:
+    for error in group.exceptions:
+        if isinstance(error, BaseExceptionGroup):
+            yield from _leaves(error)
+        else:
+            yield error
+
+
 # -- steps ------------------------------------------------------------------------------------------------------------
 
 
@@ -164,18 +186,22 @@ class Steps:
         work: Callable[[], Awaitable[Mapping[str, Any]]],
         *,
         event: str | None = None,
-        progress: Mapping[str, Any] | None = None,
+        items: tuple[str, str] | None = None,
+        progress: Callable[[], Mapping[str, Any]] | None = None,
     ) -> Mapping[str, Any]:
-        """What `work` gave, now or in an earlier attempt. Result, event and progress are one transaction: a kill at any
-        moment leaves all of them or none."""
+        """What `work` gave, now or in an earlier attempt. Result, events and progress are one transaction: a kill at
+        any moment leaves all of them or none. `event`: of this kind, with the result; `items`: (kind, name), one for
+        each of the result's list of that name."""
         if step not in self._done:
             payload = plain(await work())
             async with self._claim.transaction() as write:
                 if await write.checkpoint(step, payload):
                     if event is not None:
                         await write.event(event, payload)
+                    for item in payload[items[1]] if items is not None else ():
+                        await write.event(items[0], item)  # type: ignore[index]  # there are none without it
                     if progress is not None:
-                        await write.progress(progress)
+                        await write.progress(progress())
             self._done[step] = payload
         return self._done[step]
 
@@ -243,7 +269,8 @@ async def fixed_window(
 
     async def resolve() -> Mapping[str, Any]:
         opened = await windows.open(window_of(job), job.tenant, budget, config)
-        return {"start_s": opened.start_s, "end_s": opened.end_s}
+        reach_s = opened.recording.ingested_s  # what comes later is not of this job
+        return {"start_s": opened.start_s, "end_s": min(opened.end_s, reach_s)}
 
     bounds = await steps.once("window", resolve)
     assert job.recording_id is not None
@@ -251,9 +278,42 @@ async def fixed_window(
 
 
 @dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What a job about chunks begins with: its window with both ends, and the chunks in it."""
+
+    window: RecordingWindow
+    captured_at: float | None
+    pieces: list[Piece]
+
+    def told(self) -> dict[str, Any]:
+        """As it stands in results. Capture times are seconds since 1970, null when nobody knows."""
+        assert self.window.start_s is not None, "a window that `fixed_window` gave"
+        assert self.window.end_s is not None, "a window that `fixed_window` gave"
+        return {
+            "window": {"start_s": self.window.start_s, "end_s": self.window.end_s},
+            "captured": {"from": self.captured(self.window.start_s), "to": self.captured(self.window.end_s)},
+            "gaps": self.gaps(),
+        }
+
+    def gaps(self) -> list[dict[str, Any]]:
+        return [gap for piece in self.pieces for gap in piece.told()["gaps"]]
+
+    def captured(self, at_s: float) -> float | None:
+        return None if self.captured_at is None else self.captured_at + at_s
+
+
+async def begin(steps: Steps, caller: Caller, windows: Windows, shelf: Shelf, job: Job) -> Asked:
+    """Raises what opening a window raises."""
+    budget, config = await budget_of(caller, caller.question(job, [window_of(job)], ""))
+    window = await fixed_window(steps, windows, job, budget, config)
+    recording = await shelf.get(window.recording_id, tenant=job.tenant)
+    return Asked(window=window, captured_at=recording.captured_at, pieces=await pieces(shelf, window))
+
+
+@dataclass(frozen=True, kw_only=True)
 class Piece:
-    """A chunk, or what of it lies in the window. `is_unchanged`: all its frames look like the last one before it, so
-    what was said of that is true of it. `has_frames`: there is anything to see."""
+    """A chunk, or what of it lies in the window. `is_unchanged`: all its frames look like all those of the chunk before
+    it, so what was said of that is true of it. `has_frames`: there is anything to see."""
 
     number: int
     start_s: float
@@ -280,17 +340,18 @@ async def pieces(shelf: Shelf, window: RecordingWindow) -> list[Piece]:
     last: TokensRef | None = None
     for chunk in chunks:
         found.append(piece_of(chunk, window.start_s, window.end_s, last))
-        last = last_ref(chunk)
+        last = only_ref(chunk)
     return found
 
 
-def last_ref(chunk: RecordedChunk) -> TokensRef | None:
-    """Tokens of the last frames of a chunk that could be seen."""
-    return next((group.ref for group in reversed(chunk.groups) if group.ref is not None), None)
+def only_ref(chunk: RecordedChunk) -> TokensRef | None:
+    """The tokens of a chunk all of whose frames look alike; None for any other."""
+    refs = {group.ref for group in chunk.groups}
+    return next(iter(refs)) if len(refs) == 1 else None
 
 
 def piece_of(chunk: RecordedChunk, start_s: float, end_s: float, last: TokensRef | None) -> Piece:
-    """`last`: tokens of the last frames before the chunk, if they were looked at."""
+    """`last`: the only tokens of the chunk before, if that was looked at and has only one kind."""
     begins_s, ends_s = max(chunk.start_s, start_s), min(chunk.end_s, end_s)
     inside = [
         group for group in chunk.groups if group.times_s and begins_s <= group.times_s[-1] and group.times_s[0] < ends_s

@@ -29,6 +29,7 @@ from nvila.recordings.asking import (
     budget_of,
     count_param,
     text_param,
+    together,
     window_of,
 )
 from nvila.recordings.search import Relevance
@@ -196,9 +197,7 @@ async def map_stretches(
         after_each(done, len(stretches))
         return note
 
-    async with asyncio.TaskGroup() as group:
-        tasks = [group.create_task(one(number, window)) for number, window in enumerate(stretches)]
-    return [task.result() for task in tasks]
+    return await together(one(number, window) for number, window in enumerate(stretches))
 
 
 async def condense(
@@ -312,13 +311,18 @@ class AskHandler:
             for start_s, end_s in plan["stretches"]
         ]
 
+        done: set[str] = set()
+
         async def once(step: str, work: Callable[[], Awaitable[Note]]) -> Note:
             async def note() -> Mapping[str, Any]:
                 return (await work()).to_json()
 
-            event = "part" if step.startswith("part/") else None
-            done = {"done": step, "of": len(stretches)}
-            return Note.from_json(await steps.once(step, note, event=event, progress=done))
+            if not step.startswith("part/"):
+                return Note.from_json(await steps.once(step, note))
+            progress = {"done": len(done) + 1, "of": len(stretches)}
+            said = await steps.once(step, note, event="part", progress=lambda: progress)
+            done.add(step)
+            return Note.from_json(said)
 
         notes = await self._look(question, stretches, once)
         answer = notes[0] if len(notes) == 1 else await self._close(question, notes, once)
