@@ -12,8 +12,8 @@ The contract (checkpoints of crash-safe jobs):
 - `attempt` counts tries since the job last got further (a new checkpoint or chunk): a recording of days may be
   interrupted any number of times, while a job that kills its worker at the same place is dead after `max_attempts`.
 
-Whose turn it is: of the jobs that may begin, one of the tenant with the fewest running jobs of these kinds; among those
-tenants the one that was served longest ago; of its jobs the oldest.
+Whose turn it is: of the jobs that may begin, one whose tenant has the fewest running jobs of its kind; among those the
+one whose tenant was served longest ago; of a tenant's jobs the oldest.
 """
 
 from __future__ import annotations
@@ -692,15 +692,15 @@ class ClaimTransaction:
 def _next_job(kinds: Collection[JobKind], now: float) -> Any:
     job, other, tenant = schema.jobs.c, schema.jobs.alias("other").c, schema.tenants.c
     busy = (
-        select(job.tenant, func.count().label("running"))
+        select(job.tenant, job.kind, func.count().label("running"))
         .where(job.state == JobState.RUNNING, job.kind.in_(kinds))
-        .group_by(job.tenant)
+        .group_by(job.tenant, job.kind)
         .subquery("busy")
     )
     is_in_use = select(other.id).where(other.recording_id == job.recording_id, other.state == JobState.RUNNING).exists()
     return (
         select(schema.jobs)
-        .outerjoin(busy, busy.c.tenant == job.tenant)
+        .outerjoin(busy, and_(busy.c.tenant == job.tenant, busy.c.kind == job.kind))
         .outerjoin(schema.tenants, tenant.tenant == job.tenant)
         .where(job.state == JobState.QUEUED, job.kind.in_(kinds), job.not_before <= now)
         .where(or_(job.kind != JobKind.DELETE, ~is_in_use))
