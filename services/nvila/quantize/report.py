@@ -118,6 +118,7 @@ def plot(report: Report, target: Path) -> None:
     for axes in (left, right):
         axes.set_xlabel("layer")
         axes.set_yscale("log")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
     left.legend()
     figure.suptitle(f"{report.part}, held-out data")
@@ -127,9 +128,9 @@ def plot(report: Report, target: Path) -> None:
 
 
 def table(report: Report) -> Table:
-    """The last layer, and the worst one, of every way."""
+    """The last layer, and the least similar one, of every way."""
     found = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
-    for head in ("", "last layer: cosine", "lowest", "error", "worst layer: cosine"):
+    for head in ("", "last: cosine", "lowest", "error", "worst: cosine"):
         found.add_column(head, justify="left" if not head else "right", no_wrap=True)
     for name, layers in report.layers.items():
         last = layers[-1]
