@@ -92,6 +92,7 @@ def build(settings: GatewaySettings) -> FastAPI:
         body_s=settings.body_timeout_s,
         upload_s=settings.upload_timeout_s,
         docs=settings.docs,
+        console=settings.console,
     )
 
     @asynccontextmanager

@@ -15,7 +15,7 @@ from starlette.middleware import Middleware
 from starlette.responses import Response
 
 from nvila.errors import NotFound, NvilaError
-from nvila.gateway import http_estimate, http_files, http_jobs, http_recordings, http_uploads, schema
+from nvila.gateway import http_console, http_estimate, http_files, http_jobs, http_recordings, http_uploads, schema
 from nvila.gateway.auth import ApiKeys
 from nvila.gateway.chat import ChatResponse
 from nvila.gateway.front import Front
@@ -75,6 +75,8 @@ def create_app(keys: ApiKeys, settings: HttpSettings, open_services: OpenService
     http_recordings.add_recordings(app)
     http_jobs.add_jobs(app, settings)
     _add_health(app)
+    if settings.console:
+        http_console.add_console(app)
     if settings.docs:
         add_docs(app)
     app.openapi_schema = _document(app)

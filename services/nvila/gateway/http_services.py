@@ -36,6 +36,7 @@ class HttpSettings:
     push_bytes: int = 64 << 30
     heartbeat_s: float = 10.0
     docs: bool = True
+    console: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -37,6 +37,8 @@ class GatewaySettings(BaseSettings):
     """Port of the gRPC API. 0: a free one."""
     docs: bool = True
     """Serve /docs and /openapi.json (to holders of a key)."""
+    console: bool = True
+    """Serve the console, a page for people, at /; it asks for a key."""
 
     # -- who may ask
     auth: Literal["api-key", "none"] = "api-key"
