@@ -1,10 +1,10 @@
 """Webhook calls: signed, made at least once, tried again for as long as it makes sense, to allowed places only.
 
 A call is a job of its own (`JobKind.DELIVER`): it survives any kill, waits longer after each failure, and ends dead
-when the receiver stays away. Headers and signature are those of the Standard Webhooks specification: `webhook-id` is the
-same in every attempt (against duplicates), `webhook-timestamp` is this attempt's (against replays), `webhook-signature`
-is HMAC-SHA256 of both and the body. Where it may go is the gateway's egress policy, applied to the address that the
-connection is made to. Redirects are not followed: where they lead was allowed by nobody.
+when the receiver stays away. Headers and signature are those of the Standard Webhooks specification: `webhook-id` is
+the same in every attempt (against duplicates), `webhook-timestamp` is this attempt's (against replays), and
+`webhook-signature` is HMAC-SHA256 of both and the body. Where it may go is the gateway's egress policy, applied to the
+address that the connection is made to. Redirects are not followed: where they lead was allowed by nobody.
 """
 
 from __future__ import annotations
