@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -138,7 +138,7 @@ class Told:
     def __init__(self) -> None:
         self.queue: asyncio.Queue[LiveEvent] = asyncio.Queue()
 
-    async def events(self, recording: Recording) -> AsyncIterator[LiveEvent]:
+    async def events(self, recording: Recording) -> AsyncGenerator[LiveEvent, None]:
         while True:
             yield await self.queue.get()
 
@@ -221,18 +221,20 @@ def write_clip(
     size: tuple[int, int] = (96, 64),
     still: bool = False,
     seed: int = 0,
-    first_at: int = 0,
+    gop: int | None = None,
 ) -> Path:
     """A clip in which a block of light moves each second, or (`still`) nothing does."""
     width, height = size
     rng = np.random.default_rng(seed)
     ground = rng.integers(40, 90, (height // 8, width // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=fps, options={"g": str(fps * 2), "bf": "0", "preset": "veryfast"})
+        stream = container.add_stream(
+            "libx264", rate=fps, options={"g": str(gop or fps * 2), "bf": "0", "preset": "veryfast"}
+        )
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for number in range(round(seconds * fps)):
             picture = ground.copy()
-            second = 0 if still else first_at + number // fps
+            second = 0 if still else number // fps
             left, top = second * 8 % (width - 16), second // 10 * 8 % (height - 16)
             picture[top : top + 16, left : left + 16] = 120 + second * 37 % 130
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))

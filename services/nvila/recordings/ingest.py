@@ -13,7 +13,7 @@ import asyncio
 import logging
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -49,7 +49,7 @@ _LOOK_EVERY_S = 1.0
 class Live(Protocol):
     """What is asked of `LiveSources`."""
 
-    def events(self, recording: Recording) -> AsyncIterator[LiveEvent]: ...
+    def events(self, recording: Recording) -> AsyncGenerator[LiveEvent, None]: ...
 
 
 class IngestHandler:
@@ -207,7 +207,7 @@ class _LiveIngest:
     # -- the feeder
 
     async def _feed(self) -> None:
-        async with aclosing(self._services._live.events(self._recording)) as events:  # type: ignore[type-var]  # generators
+        async with aclosing(self._services._live.events(self._recording)) as events:
             async for event in events:
                 if isinstance(event, Footage):
                     await self._keep(event)

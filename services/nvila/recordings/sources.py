@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import tempfile
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,7 +81,7 @@ LiveEvent = Footage | Away | Ended
 class LiveReader(Protocol):
     """Reads live sources of some kinds."""
 
-    def events(self, recording: Recording) -> AsyncIterator[LiveEvent]:
+    def events(self, recording: Recording) -> AsyncGenerator[LiveEvent, None]:
         """Until the source ends, or the iterator is closed; then nothing of it is left."""
         ...
 
@@ -157,7 +157,7 @@ class PushedReader:
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
 
-    async def events(self, recording: Recording) -> AsyncIterator[LiveEvent]:
+    async def events(self, recording: Recording) -> AsyncGenerator[LiveEvent, None]:
         last = -1
         while True:
             is_ended = self._inbox.is_ended(recording.id)  # before its pieces: then they are complete
@@ -181,7 +181,7 @@ class LiveSources:
     def __init__(self, readers: dict[SourceKind, LiveReader]) -> None:
         self._readers = readers
 
-    def events(self, recording: Recording) -> AsyncIterator[LiveEvent]:
+    def events(self, recording: Recording) -> AsyncGenerator[LiveEvent, None]:
         reader = self._readers.get(recording.source.kind)
         if reader is None:
             raise InvalidRequest(f"this service reads no {recording.source.kind} sources", param="source")

@@ -1,0 +1,321 @@
+"""Cameras as live sources: one capture process per camera and tenant, shared by all who record it, kept connected.
+
+A process is one connection (`capture.py`). When it ends, for whatever reason, those who record the camera are told why,
+and after a pause another is started: the pauses double from `first_pause_s` to `longest_pause_s` while nothing comes. A
+camera that answers but refuses (credentials, no such stream, an address that is not allowed) is asked only every
+`refused_pause_s`: it will not change its mind by itself, and asking often locks accounts.
+
+Pieces lie in a folder of the capture's own until all who record the camera have taken them; one that is slower than
+`most_waiting` pieces loses the oldest. When the last one leaves, process, folder and all are gone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import json
+import logging
+import os
+import random
+import secrets
+import shutil
+import sys
+from collections import deque
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Protocol
+from urllib.parse import urlsplit
+
+from nvila.errors import (
+    ForbiddenURL,
+    InvalidRequest,
+    NotFound,
+    NvilaError,
+    Unauthenticated,
+    Unavailable,
+    from_wire,
+)
+from nvila.recordings.capture import Hello
+from nvila.recordings.sources import Away, Footage, LiveEvent
+from nvila.recordings.types import Recording
+from nvila.telemetry import names
+from nvila.telemetry.logs import fields
+from nvila.telemetry.names import Metric
+
+_log = logging.getLogger(__name__)
+
+_REFUSALS = (Unauthenticated, NotFound, InvalidRequest, ForbiddenURL)
+_START_S = 30.0
+
+
+class Door(Protocol):
+    """Says where a host may be connected to (the gateway's egress policy)."""
+
+    async def addresses(self, host: str, port: int) -> Sequence[str]:
+        """Of a host, all allowed. Raises `ForbiddenURL`, or `InvalidMedia` for a name that is not known."""
+        ...
+
+
+class MetricSink(Protocol):
+    def add(self, metric: Metric, amount: float = 1, **labels: str) -> None: ...
+    def set(self, metric: Metric, value: float, **labels: str) -> None: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class CameraLimits:
+    """See the module's docstring. `segment_s`: least length of a piece of footage, cut at key frames; `open_s`,
+    `silence_s`: longest wait for a camera's first and next packet."""
+
+    segment_s: float = 8.0
+    open_s: float = 15.0
+    silence_s: float = 10.0
+    first_pause_s: float = 1.0
+    longest_pause_s: float = 30.0
+    refused_pause_s: float = 60.0
+    most_waiting: int = 32
+
+
+class CameraReader:
+    """Reads RTSP sources (`sources.LiveReader`). `folder`: for pieces on their way, this process's alone while it
+    lives; what killed processes left there is removed."""
+
+    def __init__(self, door: Door, folder: Path, metrics: MetricSink, limits: CameraLimits) -> None:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _remove_left_behind(folder)
+        self._folder = folder / f"{os.getpid()}-{secrets.token_hex(4)}"
+        self._folder.mkdir(mode=0o700)
+        self._lock = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._door = door
+        self._metrics = metrics
+        self._limits = limits
+        self._captures: dict[tuple[str, str, str], _Capture] = {}
+
+    @property
+    def captures(self) -> int:
+        """Cameras being read."""
+        return len(self._captures)
+
+    def close(self) -> None:
+        """Once no events are being iterated."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        os.close(self._lock)
+
+    async def events(self, recording: Recording) -> AsyncGenerator[LiveEvent, None]:
+        source = recording.source
+        assert source.url is not None, "checked where recordings are made"
+        check_camera_url(source.url)
+        key = (recording.tenant, source.url, source.secret or "")
+        capture = self._captures.get(key)
+        if capture is None:
+            folder = self._folder / secrets.token_hex(8)
+            capture = _Capture(self._door, source.url, source.secret, folder, self._metrics, self._limits)
+            self._captures[key] = capture
+        listener = capture.listen()
+        self._count()
+        try:
+            while True:
+                yield await listener.next()
+        finally:
+            if capture.leave(listener):
+                del self._captures[key]
+                await capture.stop()
+            self._count()
+
+    def _count(self) -> None:
+        is_away = [capture.is_away for capture in self._captures.values()]
+        self._metrics.set(names.CAPTURES, is_away.count(False), state="connected")
+        self._metrics.set(names.CAPTURES, is_away.count(True), state="away")
+
+
+def check_camera_url(url: str) -> None:
+    """Raises `InvalidRequest` for what is no address of a camera, or carries credentials (they go into `secret`)."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:
+        raise InvalidRequest("the camera's address is not a valid URL", param="url") from None
+    if parts.scheme not in ("rtsp", "rtsps") or not parts.hostname:
+        raise InvalidRequest("a camera's address is rtsp://host[:port]/path, or rtsps://", param="url")
+    if parts.username is not None or parts.password is not None:
+        raise InvalidRequest("the camera's address carries credentials; give them apart from it", param="url")
+    if port == 0 or any(ord(char) < 33 for char in url):
+        raise InvalidRequest("the camera's address is not a valid URL", param="url")
+
+
+class _Listener:
+    """One who records a camera: events that wait for it, footage bounded."""
+
+    def __init__(self, most_waiting: int) -> None:
+        self._waiting: deque[LiveEvent] = deque()
+        self._most = most_waiting
+        self._news = asyncio.Event()
+
+    def put(self, event: LiveEvent) -> None:
+        self._waiting.append(event)
+        footage = [waiting for waiting in self._waiting if isinstance(waiting, Footage)]
+        if len(footage) > self._most:
+            self._waiting.remove(footage[0])
+            footage[0].taken()
+        self._news.set()
+
+    async def next(self) -> LiveEvent:
+        while not self._waiting:
+            self._news.clear()
+            await self._news.wait()
+        return self._waiting.popleft()
+
+    def close(self) -> None:
+        for event in self._waiting:
+            if isinstance(event, Footage):
+                event.taken()
+        self._waiting.clear()
+
+
+class _Capture:
+    """A camera that is kept connected to as long as anybody listens."""
+
+    def __init__(
+        self, door: Door, url: str, secret: str | None, folder: Path, metrics: MetricSink, limits: CameraLimits
+    ) -> None:
+        folder.mkdir(mode=0o700)
+        self._door = door
+        self._url = url
+        self._secret = secret
+        self._folder = folder
+        self._metrics = metrics
+        self._limits = limits
+        self._listeners: list[_Listener] = []
+        self._away: Away | None = None
+        self._work = asyncio.create_task(self._keep_connected())
+
+    @property
+    def is_away(self) -> bool:
+        return self._away is not None
+
+    def listen(self) -> _Listener:
+        listener = _Listener(self._limits.most_waiting)
+        if self._away is not None:
+            listener.put(self._away)
+        self._listeners.append(listener)
+        return listener
+
+    def leave(self, listener: _Listener) -> bool:
+        """True when it was the last."""
+        listener.close()
+        self._listeners.remove(listener)
+        return not self._listeners
+
+    async def stop(self) -> None:
+        self._work.cancel()
+        await asyncio.wait({self._work})
+        await asyncio.to_thread(shutil.rmtree, self._folder, True)
+
+    async def _keep_connected(self) -> None:
+        pause_s, session = self._limits.first_pause_s, 0
+        while True:
+            try:
+                error, pieces = await self._one_session(session)
+            except NvilaError as refused:
+                error, pieces = refused, 0
+            session += 1
+            if pieces:
+                pause_s = self._limits.first_pause_s
+            _log.info("a camera is away", extra=fields(code=error.code, reason=error.message, pieces=pieces))
+            self._away = Away(error=error)
+            for listener in self._listeners:
+                listener.put(self._away)
+            is_refused = isinstance(error, _REFUSALS) and not pieces
+            wait_s = self._limits.refused_pause_s if is_refused else pause_s
+            await asyncio.sleep(wait_s * random.uniform(0.8, 1.2))
+            pause_s = min(pause_s * 2, self._limits.longest_pause_s)
+            self._metrics.add(names.CAPTURE_RECONNECTS)
+
+    async def _one_session(self, session: int) -> tuple[NvilaError, int]:
+        """One process from start to end: why it ended, and how many pieces it brought."""
+        parts = urlsplit(self._url)
+        port = parts.port or (322 if parts.scheme == "rtsps" else 554)
+        addresses = await self._door.addresses(parts.hostname or "", port)
+        user, _, password = (self._secret or "").partition(":")
+        hello = Hello(
+            url=self._url,
+            addresses=tuple(addresses),
+            user=user,
+            password=password,
+            folder=str(self._folder),
+            session=session,
+            segment_s=self._limits.segment_s,
+            open_s=self._limits.open_s,
+            silence_s=self._limits.silence_s,
+        )
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-I", "-W", "ignore", "-m", "nvila.recordings.capture", str(os.getpid()),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+            env={"LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.write(json.dumps(asdict(hello)).encode() + b"\n")
+            with contextlib.suppress(ConnectionError):
+                await process.stdin.drain()
+            return await self._follow(process.stdout)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            await asyncio.shield(process.wait())
+            if process.stdin is not None:
+                process.stdin.close()
+
+    async def _follow(self, replies: asyncio.StreamReader) -> tuple[NvilaError, int]:
+        """Between two pieces lie at most a piece's length, the wait for a key frame, and the camera's silence; a
+        process that says nothing for twice that hangs."""
+        pieces = 0
+        limits = self._limits
+        patience_s = _START_S + 2 * (limits.open_s + limits.silence_s) + 10 * limits.segment_s
+        while True:
+            try:
+                async with asyncio.timeout(patience_s):
+                    line = await replies.readline()
+            except TimeoutError:
+                return Unavailable("reading from the camera hung"), pieces
+            if not line.endswith(b"\n"):
+                return Unavailable("reading from the camera broke off"), pieces
+            told = json.loads(line)
+            if "error" in told:
+                return from_wire(told["error"], told["message"]), pieces
+            self._hand_out(self._folder / told["piece"], float(told["captured_at"]), is_first=not pieces)
+            pieces += 1
+
+    def _hand_out(self, path: Path, captured_at: float, *, is_first: bool) -> None:
+        self._away = None
+        left = len(self._listeners)
+
+        def taken() -> None:
+            nonlocal left
+            left -= 1
+            if left <= 0:
+                path.unlink(missing_ok=True)
+
+        for listener in self._listeners:
+            listener.put(Footage(path=path, captured_at=captured_at, taken=taken, is_new_session=is_first))
+
+
+def _remove_left_behind(folder: Path) -> None:
+    for left in folder.iterdir():
+        try:
+            handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(left, ignore_errors=True)
+        except OSError:
+            pass  # its process lives
+        finally:
+            os.close(handle)
