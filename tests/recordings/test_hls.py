@@ -1,0 +1,162 @@
+"""HLS playlists are read as RFC 8216 says, fetched through the one fetcher only, and placed in time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nvila.errors import ForbiddenURL, InvalidMedia, UnsupportedMedia
+from nvila.recordings.hls import HlsReader, Playlist, parse_playlist
+from nvila.recordings.sources import Away, Ended, Footage
+from nvila.recordings.types import Recording, Source, SourceKind
+from nvila.types import Deadline, MediaSource
+from tests.recordings import made
+from tests.recordings.taking import Local
+
+_BASE = "https://cdn.example/live/index.m3u8"
+
+
+class Web:
+    """Addresses and what they give; anything else is refused as the gateway refuses."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.pages: dict[str, bytes] = {}
+        self.asked: list[str] = []
+
+    @asynccontextmanager
+    async def open(self, source: MediaSource, tenant: str, deadline: Deadline) -> AsyncIterator[Local]:
+        assert source.url is not None
+        self.asked.append(source.url)
+        if "inside" in source.url:
+            raise ForbiddenURL("the media address does not lead to a public host")
+        if source.url not in self.pages:
+            raise InvalidMedia("the host of the media address answered 404, not 200")
+        path = self._folder / "page"
+        path.write_bytes(self.pages[source.url])
+        yield Local(path, b"", len(self.pages[source.url]))
+
+
+def playlist(first: int, count: int, *, dated: bool = True, more: str = "", end: bool = False) -> bytes:
+    lines = ["#EXTM3U", "#EXT-X-TARGETDURATION:2", f"#EXT-X-MEDIA-SEQUENCE:{first}", *([more] if more else [])]
+    for number in range(first, first + count):
+        if dated:
+            lines.append(f"#EXT-X-PROGRAM-DATE-TIME:2026-01-01T00:00:{number * 2:02d}.000Z")
+        lines += ["#EXTINF:2.0,", f"{number}.ts"]
+    return "\n".join([*lines, *(["#EXT-X-ENDLIST"] if end else [])]).encode()
+
+
+def recording() -> Recording:
+    return replace(made.recording(kind=SourceKind.HLS), source=Source(kind=SourceKind.HLS, url=_BASE))
+
+
+@pytest.fixture
+def web(tmp_path: Path) -> Web:
+    return Web(tmp_path)
+
+
+def test_the_smallest_variant_that_fills_a_tile_is_read() -> None:
+    text = """#EXTM3U
+#EXT-X-STREAM-INF:BANDWIDTH=8000000,RESOLUTION=1920x1080
+big.m3u8
+#EXT-X-STREAM-INF:BANDWIDTH=2000000,RESOLUTION=1280x720
+mid/index.m3u8
+#EXT-X-STREAM-INF:BANDWIDTH=400000,RESOLUTION=426x240,CODECS="avc1,mp4a"
+small.m3u8
+"""
+    assert parse_playlist(text, _BASE) == "https://cdn.example/live/mid/index.m3u8"
+
+
+@pytest.mark.parametrize(
+    ("text", "error"),
+    [
+        ("<html>", InvalidMedia),
+        ("#EXTM3U\n#EXTINF:abc,\n1.ts", InvalidMedia),
+        ("#EXTM3U\n#EXT-X-MEDIA-SEQUENCE:-1\n", InvalidMedia),
+        ("#EXTM3U\n#EXTINF:nan,\n1.ts", InvalidMedia),
+        ('#EXTM3U\n#EXT-X-KEY:METHOD=AES-128,URI="key"\n#EXTINF:2,\n1.ts', UnsupportedMedia),
+        ("#EXTM3U\n#EXT-X-BYTERANGE:100@0\n#EXTINF:2,\n1.ts", UnsupportedMedia),
+        ("#EXTM3U\n#EXT-X-STREAM-INF:BANDWIDTH=1\n", InvalidMedia),
+    ],
+)
+def test_what_cannot_be_read_says_so(text: str, error: type[Exception]) -> None:
+    with pytest.raises(error):
+        parse_playlist(text, _BASE)
+
+
+def test_times_run_on_from_the_last_date_that_the_playlist_gives() -> None:
+    text = playlist(4, 1).decode() + "\n#EXTINF:3.0,\n5.ts\n"
+    found = parse_playlist(text, _BASE)
+    assert isinstance(found, Playlist)
+    first, second = found.segments
+    assert first.at is not None
+    assert second.at == first.at + 2.0
+
+
+async def test_a_live_playlist_is_followed_and_each_segment_comes_once(web: Web, tmp_path: Path) -> None:
+    web.pages = {_BASE: playlist(1, 2), **{f"https://cdn.example/live/{n}.ts": b"%d" % n for n in range(1, 9)}}
+    web.pages[_BASE] = web.pages[_BASE].replace(b"DURATION:2", b"DURATION:0.1")
+    reader = HlsReader(web, tmp_path / "hls", first_pause_s=0.01)
+    pieces: list[tuple[bytes, float]] = []
+    async with asyncio.timeout(10), aclosing(reader.events(recording())) as events:
+        async for event in events:
+            if isinstance(event, Ended):
+                break
+            assert isinstance(event, Footage)
+            pieces.append((event.path.read_bytes(), event.captured_at))
+            event.taken()
+            assert not event.path.exists()
+            if len(pieces) == 2:
+                web.pages[_BASE] = playlist(2, 3, end=True)
+    assert [content for content, _ in pieces] == [b"1", b"2", b"3", b"4"]
+    assert [after - before for (_, before), (_, after) in zip(pieces, pieces[1:], strict=False)] == [2.0] * 3  # noqa: RUF007
+    assert list((tmp_path / "hls").iterdir()) == []
+
+
+async def test_segments_that_were_missed_keep_their_place_without_dates(web: Web, tmp_path: Path) -> None:
+    web.pages = {f"https://cdn.example/live/{n}.ts": b"x" for n in range(20)}
+    web.pages[_BASE] = playlist(1, 1, dated=False).replace(b"DURATION:2", b"DURATION:0.1")
+    reader, at = HlsReader(web, tmp_path / "hls", clock=lambda: 1000.0), []
+    async with asyncio.timeout(10), aclosing(reader.events(recording())) as events:
+        async for event in events:
+            if isinstance(event, Footage):
+                at.append(event.captured_at)
+                web.pages[_BASE] = playlist(6, 1, dated=False, end=True)
+            else:
+                break
+    assert at == [998.0, 1000.0 + 4 * 2.0]
+
+
+async def test_a_playlist_that_is_away_is_told_and_tried_again(web: Web, tmp_path: Path) -> None:
+    reader = HlsReader(web, tmp_path / "hls", first_pause_s=0.01)
+    async with asyncio.timeout(10), aclosing(reader.events(recording())) as events:
+        assert isinstance(await anext(events), Away)
+        web.pages = {_BASE: playlist(1, 1, end=True), "https://cdn.example/live/1.ts": b"x"}
+        event = await anext(events)
+        while isinstance(event, Away):
+            event = await anext(events)
+        assert isinstance(event, Footage)
+        assert event.is_new_session
+
+
+async def test_a_playlist_cannot_lead_inside(web: Web, tmp_path: Path) -> None:
+    web.pages = {_BASE: playlist(1, 1).replace(b"1.ts", b"http://inside/secret")}
+    reader = HlsReader(web, tmp_path / "hls", first_pause_s=0.01)
+    async with asyncio.timeout(10), aclosing(reader.events(recording())) as events:
+        with pytest.raises(ForbiddenURL):
+            await anext(events)
+
+
+async def test_a_fragmented_segment_gets_its_head(web: Web, tmp_path: Path) -> None:
+    text = playlist(1, 1, more='#EXT-X-MAP:URI="init.mp4"', end=True)
+    web.pages = {_BASE: text, "https://cdn.example/live/1.ts": b"body", "https://cdn.example/live/init.mp4": b"head "}
+    async with aclosing(HlsReader(web, tmp_path / "hls").events(recording())) as events:
+        event = await anext(events)
+        assert isinstance(event, Footage)
+        assert event.path.read_bytes() == b"head body"
+        assert event.path.suffix == ".mp4"
