@@ -39,7 +39,7 @@ class ProcessorOps:
 
     def quantise(self, x_TI: Tensor) -> Int8Rows:
         x_TI = x_TI.float()
-        largest_T1 = torch.linalg.vector_norm(x_TI, float("inf"), 1, keepdim=True)
+        largest_T1 = x_TI.abs().amax(1, keepdim=True)  # in two passes ten times quicker than vector_norm's one
         factor_T1 = (LEVELS / largest_T1).nan_to_num_(posinf=0.0)  # a token of zeros stays zeros
         return Int8Rows((x_TI * factor_T1).round_().to(torch.int8), largest_T1[:, 0] / LEVELS)
 
