@@ -135,12 +135,37 @@ class EgressPolicy:
                 raise ForbiddenURL(f"the media address names port {port}; allowed are {allowed}")
 
 
-class PinnedBackend(httpcore.AsyncNetworkBackend):
-    """Makes connections only to addresses that were checked just before."""
+class Door:
+    """Says which addresses a host may be connected to, for those who make the connection themselves."""
 
     def __init__(self, policy: EgressPolicy, resolver: Resolver) -> None:
         self._policy = policy
         self._resolver = resolver
+
+    async def addresses(self, host: str, port: int) -> Sequence[str]:
+        """All of the host's. Raises `ForbiddenURL` when one of them is denied, `InvalidMedia` when there are none."""
+        found = await self._resolved(host, port)
+        self._policy.check(host, port, found)
+        return [str(address) for address in found]
+
+    async def _resolved(self, host: str, port: int) -> list[IPAddress]:
+        literal = LOOPBACK if _is_localhost(host) else _literal(host)
+        if literal is not None:
+            return [literal]
+        try:
+            found = await self._resolver.resolve(host, port)
+        except (OSError, UnicodeError):
+            found = []
+        if not found:
+            raise InvalidMedia("the host of the media address is not known")
+        return [ipaddress.ip_address(address) for address in found]
+
+
+class PinnedBackend(httpcore.AsyncNetworkBackend):
+    """Makes connections only to addresses that were checked just before."""
+
+    def __init__(self, policy: EgressPolicy, resolver: Resolver) -> None:
+        self._door = Door(policy, resolver)
         self._inner = httpcore.AnyIOBackend()
 
     async def connect_tcp(
@@ -152,12 +177,11 @@ class PinnedBackend(httpcore.AsyncNetworkBackend):
         socket_options: Iterable[Any] | None = None,
     ) -> httpcore.AsyncNetworkStream:
         async with asyncio.timeout(timeout):
-            addresses = await self._addresses(host, port)
-        self._policy.check(host, port, addresses)
+            addresses = await self._door.addresses(host, port)
         failure: Exception = httpcore.ConnectError("no address")
         for address in addresses:
             try:
-                return await self._inner.connect_tcp(str(address), port, timeout, local_address, socket_options)
+                return await self._inner.connect_tcp(address, port, timeout, local_address, socket_options)
             except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 failure = error
         raise failure
@@ -167,18 +191,6 @@ class PinnedBackend(httpcore.AsyncNetworkBackend):
 
     async def sleep(self, seconds: float) -> None:
         await asyncio.sleep(seconds)
-
-    async def _addresses(self, host: str, port: int) -> list[IPAddress]:
-        literal = LOOPBACK if _is_localhost(host) else _literal(host)
-        if literal is not None:
-            return [literal]
-        try:
-            found = await self._resolver.resolve(host, port)
-        except (OSError, UnicodeError):
-            found = []
-        if not found:
-            raise InvalidMedia("the host of the media address is not known")
-        return [ipaddress.ip_address(address) for address in found]
 
 
 def _is_localhost(host: str) -> bool:

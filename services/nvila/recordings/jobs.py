@@ -47,7 +47,7 @@ from nvila.recordings.types import (
     SourceKind,
 )
 
-MAX_ATTEMPTS = 5
+MAX_ATTEMPTS = 8
 _FOLLOW_EVERY_S = 0.25
 _DELETE_CHUNKS_AT_ONCE = 500
 _SWEEP_AT_ONCE = 500

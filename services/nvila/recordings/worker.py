@@ -38,13 +38,15 @@ _RENEWALS = 4
 """Of a lease in its length, so that two may fail before it ends."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Pool:
-    """`slots` jobs of these kinds at a time. `deadline_s`: for one attempt; None: as long as a camera runs."""
+    """`slots` jobs of these kinds at a time. `deadline_s`: for one attempt; None: as long as a camera runs.
+    `may_begin`: whether what these jobs need is there at all: while it is not, they wait and lose no attempts."""
 
     kinds: tuple[JobKind, ...]
     slots: int
     deadline_s: float | None
+    may_begin: Callable[[], bool] = lambda: True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +126,7 @@ class Worker:
     # -- beginning
 
     async def _begin_next(self) -> bool:
-        kinds = tuple(kind for pool in self._limits.pools if self._has_room(pool) for kind in pool.kinds)
+        kinds = tuple(kind for pool in self._limits.pools if self._is_open(pool) for kind in pool.kinds)
         try:
             claim = await self._jobs.claim(self._name, kinds, self._limits.lease_s)
         except Unavailable:
@@ -141,8 +143,8 @@ class Worker:
         self._show_running(kind)
         return True
 
-    def _has_room(self, pool: Pool) -> bool:
-        return sum(running.pool is pool for running in self._running.values()) < pool.slots
+    def _is_open(self, pool: Pool) -> bool:
+        return pool.may_begin() and sum(running.pool is pool for running in self._running.values()) < pool.slots
 
     async def _wait(self) -> None:
         """Until there may be something to begin."""
