@@ -69,13 +69,15 @@ class IngestLimits:
     """`window`: groups in memory at a time. `group_timeout_s`: for decoding and encoding one group. `probe_timeout_s`:
     for reading a file's headers, which for hours of video are many. `fetch_timeout_s`: for a source's bytes.
     `backlog_s`: footage of a live source that may wait; beyond, the oldest chunks that wait are left out, counted.
-    `footage_s`: how long a live source's own files are kept, so that lost tokens can be made again."""
+    `late_s`: while a live source is away, how long after the fact footage may still come: a piece is complete only at
+    its last frame. `footage_s`: how long a live source's own files are kept, so that lost tokens can be made again."""
 
     window: int = 4
     group_timeout_s: float = 300.0
     probe_timeout_s: float = 120.0
     fetch_timeout_s: float = 3600.0
     backlog_s: float = 120.0
+    late_s: float = 30.0
     footage_s: float = 24 * 3600.0
 
 

@@ -13,6 +13,7 @@ import asyncio
 import logging
 import math
 import time
+from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import asdict, replace
@@ -173,6 +174,7 @@ class _LiveIngest:
         self._claim = ingest.claim
         self._footage: list[cut.Footage] = []
         self._opened: dict[int, AsyncExitStack] = {}
+        self._kept: deque[Segment] = deque()
         self._captured_at = ingest.recording.captured_at
         self._reach_s = 0.0
         self._next_segment = 0
@@ -185,6 +187,7 @@ class _LiveIngest:
         first = await self._services.go_on(self._ingest)
         begin_s, _ = cut.chunk_span(self._recording.policy, first)
         self._next_segment = len(segments)
+        self._kept.extend(segments)
         self._is_away = bool(segments)  # the worker before is gone, and this one's reader has shown nothing yet
         try:
             for segment in segments:
@@ -256,6 +259,7 @@ class _LiveIngest:
         piece.taken()
         self._captured_at, self._next_segment = captured_at, number + 1
         self._is_away = False
+        self._kept.append(segment)
         await self._open(segment)
         self._reach_s = segment.start_s + segment.duration_s
         await self._forget_old()
@@ -284,14 +288,10 @@ class _LiveIngest:
     async def _forget_old(self) -> None:
         """Files of footage that is older than it is to be kept; the rows stay, and so do the tokens."""
         before_s = self._reach_s - self._services._limits.footage_s
-        if before_s <= 0:
-            return
-        reach_s = self._recording.policy.chunk_s
-        for segment in await self._services._shelf.segments(
-            self._recording.id, start_s=before_s - reach_s, end_s=before_s
-        ):
-            if segment.start_s + segment.duration_s < before_s and segment.number not in self._opened:
-                await self._services._cold.forget_segment(segment.path)
+        while self._kept and self._kept[0].start_s + self._kept[0].duration_s < before_s:
+            if self._kept[0].number in self._opened:
+                return
+            await self._services._cold.forget_segment(self._kept.popleft().path)
 
     # -- the taking in
 
@@ -313,11 +313,11 @@ class _LiveIngest:
             await self._close_before(cut.chunk_span(policy, max(0, number - _CHUNKS_ON_THE_WAY))[0])
 
     def _edge_s(self) -> float:
-        """How far it is known what there is: to the end of the footage, or to now while the source is away."""
+        """How far it is known what there is: to the end of the footage, or nearly to now while the source is away."""
         if self._captured_at is None:
             return -math.inf
         if self._is_away:
-            return max(self._reach_s, self._services._clock() - self._captured_at)
+            return max(self._reach_s, self._services._clock() - self._captured_at - self._services._limits.late_s)
         return self._reach_s
 
     def _of(self, start_s: float, end_s: float) -> list[cut.Footage]:

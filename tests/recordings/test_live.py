@@ -1,0 +1,313 @@
+"""A live source becomes chunks while it runs: gaps where it was away, nothing twice, the oldest left out when it is
+more than can be taken in."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from nvila.errors import Unauthenticated, Unavailable
+from nvila.recordings.camera import CameraLimits, CameraReader
+from nvila.recordings.chunks import FELL_BEHIND, IngestLimits
+from nvila.recordings.cold import ColdStore
+from nvila.recordings.inbox import Inbox
+from nvila.recordings.ingest import AWAY
+from nvila.recordings.jobs import JobStore
+from nvila.recordings.sources import Away, Ended, Footage, LiveSources, PushedReader
+from nvila.recordings.store import RecordingStore
+from nvila.recordings.types import ChunkPolicy, Recording, RecordingState, SourceKind
+from nvila.telemetry.metrics import Metrics
+from nvila.video.pool import DecodePool
+from tests.recordings.made import Clock
+from tests.recordings.rtsp import Clip, camera
+from tests.recordings.taking import Hot, Taking, Told, Uploads, Vision, write_clip
+from tests.recordings.test_camera import Loopback
+from tests.video.conftest import decode_pool
+
+_POLICY = ChunkPolicy(fps=1.0, chunk_s=8.0)
+
+
+@pytest.fixture(scope="module")
+async def frames() -> AsyncIterator[DecodePool]:
+    async with decode_pool(arena_bytes=96 * 1024**2) as pool:
+        yield pool
+
+
+@pytest.fixture
+def database_url(tmp_path: Path) -> str:
+    return f"sqlite:///{tmp_path}/recordings.db"
+
+
+@pytest.fixture
+def taking(store: RecordingStore, jobs: JobStore, frames: DecodePool, tmp_path: Path) -> Taking:
+    hot = Hot()
+    return Taking(
+        shelf=store,
+        jobs=jobs,
+        cold=ColdStore(str(tmp_path / "cold")),
+        frames=frames,
+        hot=hot,
+        vision=Vision(hot),
+        uploads=Uploads(),
+        live=Told(),
+        metrics=Metrics(),
+        limits=IngestLimits(late_s=12.0),
+    )
+
+
+class Show:
+    """Says what a camera would: pieces of `seconds` each, from a time on the test's clock."""
+
+    def __init__(self, taking: Taking, folder: Path, clock: Clock) -> None:
+        self._taking, self._folder, self._clock = taking, folder, clock
+        self._number = 0
+        self.taken: list[int] = []
+
+    def piece(self, at_s: float, seconds: float, *, is_new: bool = False, size: tuple[int, int] = (96, 64)) -> None:
+        number, self._number = self._number, self._number + 1
+        path = write_clip(self._folder / f"{number}.ts", seconds, seed=number, size=size)
+        self._clock.now = max(self._clock.now, self._start + at_s + seconds)
+        self._taking.live.queue.put_nowait(
+            Footage(
+                path=path,
+                captured_at=self._start + at_s,
+                taken=lambda: self.taken.append(number),
+                is_new_session=is_new,
+            )
+        )
+
+    _start = 1_800_000_000.0
+
+    def away(self, until_s: float, error: Unavailable | Unauthenticated | None = None) -> None:
+        self._taking.live.queue.put_nowait(Away(error=error or Unavailable("the connection broke off")))
+        self._clock.now = self._start + until_s
+
+    def end(self) -> None:
+        self._taking.live.queue.put_nowait(Ended())
+
+
+@pytest.fixture
+def show(taking: Taking, tmp_path: Path, clock: Clock) -> Show:
+    folder = tmp_path / "show"
+    folder.mkdir()
+    return Show(taking, folder, clock)
+
+
+async def until(taking: Taking, recording_id: str, chunks: int) -> Recording:
+    async with asyncio.timeout(30):
+        while await taking.shelf.count_chunks(recording_id) < chunks:
+            await asyncio.sleep(0.02)
+    return await taking.shelf.get(recording_id, tenant="acme")
+
+
+async def run(taking: Taking, clock: Clock) -> tuple[str, asyncio.Task[object]]:
+    recording_id = await taking.submit(None, _POLICY, kind=SourceKind.RTSP)
+    claim = await taking.claim()
+
+    async def work() -> None:
+        await claim.finish(await taking.handler(clock)(claim))
+
+    return recording_id, asyncio.create_task(work())
+
+
+async def test_chunks_are_written_while_the_source_runs(taking: Taking, show: Show, clock: Clock) -> None:
+    recording_id, work = await run(taking, clock)
+    show.piece(0, 5, is_new=True)
+    show.piece(5, 5)
+    recording = await until(taking, recording_id, 1)
+    assert recording.state is RecordingState.LIVE
+    assert recording.captured_at == 1_800_000_000.0
+    show.piece(10, 7)
+    show.end()
+    await work
+    recording = await taking.shelf.get(recording_id, tenant="acme")
+    chunks = await taking.shelf.chunks(recording_id)
+    assert (recording.state, recording.duration_s) == (RecordingState.COMPLETE, 17.0)
+    assert [(chunk.start_s, chunk.end_s, chunk.gaps) for chunk in chunks] == [(0, 8, ()), (8, 16, ()), (16, 17, ())]
+    times_s = [time_s for chunk in chunks for group in chunk.groups for time_s in group.times_s]
+    assert times_s == [float(second) for second in range(17)]
+    assert show.taken == [0, 1, 2]
+
+
+async def test_while_the_source_is_away_the_clock_runs_on_and_gaps_are_written(
+    taking: Taking, show: Show, clock: Clock
+) -> None:
+    recording_id, work = await run(taking, clock)
+    show.piece(0, 10, is_new=True)
+    await until(taking, recording_id, 1)
+    show.away(until_s=52)
+    recording = await until(taking, recording_id, 5)
+    assert (recording.state, recording.error_code) == (RecordingState.INTERRUPTED, "unavailable")
+    show.piece(70, 10, is_new=True)
+    show.end()
+    await work
+    recording = await taking.shelf.get(recording_id, tenant="acme")
+    chunks = await taking.shelf.chunks(recording_id)
+    assert [chunk.number for chunk in chunks] == list(range(10))
+    gaps = [(gap.start_s, gap.end_s) for chunk in chunks for gap in chunk.gaps]
+    assert gaps[0] == (10.0, 16.0)
+    assert gaps[-1] == (64.0, 70.0)
+    assert sum(end - start for start, end in gaps) == 60.0
+    assert {gap.reason for chunk in chunks for gap in chunk.gaps} == {AWAY}
+    assert recording.counters.reconnects == 1
+    assert (recording.state, recording.error_code) == (RecordingState.COMPLETE, "")
+
+
+async def test_revoked_credentials_show_in_the_state(taking: Taking, show: Show, clock: Clock) -> None:
+    recording_id, work = await run(taking, clock)
+    show.away(until_s=0, error=Unauthenticated("the camera does not accept the user name and password"))
+    async with asyncio.timeout(10):
+        while not (recording := await taking.shelf.get(recording_id, tenant="acme")).error_code:
+            await asyncio.sleep(0.02)
+    assert (recording.state, recording.error_code) == (RecordingState.WAITING, "unauthenticated")
+    work.cancel()
+    await asyncio.wait({work})
+
+
+async def test_another_resolution_goes_on_without_a_gap(taking: Taking, show: Show, clock: Clock) -> None:
+    recording_id, work = await run(taking, clock)
+    show.piece(0, 5, is_new=True)
+    show.piece(5, 5, size=(160, 96))
+    show.end()
+    await work
+    chunks = await taking.shelf.chunks(recording_id)
+    assert not [gap for chunk in chunks for gap in chunk.gaps]
+    assert [group.segment for group in chunks[0].groups] == [0, 1]
+
+
+async def test_a_piece_that_cannot_be_read_is_a_gap(taking: Taking, show: Show, clock: Clock, tmp_path: Path) -> None:
+    recording_id, work = await run(taking, clock)
+    show.piece(0, 5, is_new=True)
+    show.piece(5, 5)
+    (tmp_path / "show" / "1.ts").write_bytes(b"rubbish" * 1000)
+    show.piece(10, 6)
+    show.end()
+    await work
+    chunks = await taking.shelf.chunks(recording_id)
+    assert [(gap.start_s, gap.end_s) for chunk in chunks for gap in chunk.gaps] == [(5.0, 8.0), (8.0, 10.0)]
+
+
+async def test_a_backlog_leaves_the_oldest_chunks_out_and_counts_them(taking: Taking, show: Show, clock: Clock) -> None:
+    taking.limits = IngestLimits(window=1, backlog_s=20.0)
+    taking.vision.gate.clear()
+    recording_id, work = await run(taking, clock)
+    for number in range(12):
+        show.piece(number * 8, 8, is_new=number == 0)
+    async with asyncio.timeout(30):
+        while len(show.taken) < 12:
+            await asyncio.sleep(0.02)
+    taking.vision.gate.set()
+    recording = await until(taking, recording_id, 12)
+    chunks = await taking.shelf.chunks(recording_id)
+    left_out = [chunk for chunk in chunks if not chunk.groups]
+    assert left_out
+    assert {gap.reason for chunk in left_out for gap in chunk.gaps} == {FELL_BEHIND}
+    assert recording.counters.frames_dropped == 8 * len(left_out)
+    assert chunks[-1].groups
+    assert chunks[-2].groups, "what is near the live edge is not left out"
+    work.cancel()
+    await asyncio.wait({work})
+
+
+async def test_a_worker_that_takes_over_goes_on_with_the_same_recording(
+    taking: Taking, show: Show, clock: Clock
+) -> None:
+    recording_id = await taking.submit(None, _POLICY, kind=SourceKind.RTSP)
+    claim = await taking.claim()
+    work: asyncio.Future[object] = asyncio.ensure_future(taking.handler(clock)(claim))
+    show.piece(0, 10, is_new=True)
+    await until(taking, recording_id, 1)
+    work.cancel()
+    await asyncio.wait({work})
+    await claim.release()
+    clock.now += 20
+    claim = await taking.claim()
+    work = asyncio.ensure_future(taking.handler(clock)(claim))
+    show.piece(30, 10, is_new=True)
+    show.end()
+    await work
+    chunks = await taking.shelf.chunks(recording_id)
+    assert [chunk.number for chunk in chunks] == [0, 1, 2, 3, 4]
+    assert sum(gap.end_s - gap.start_s for chunk in chunks for gap in chunk.gaps) == 20.0
+    times_s = [time_s for chunk in chunks for group in chunk.groups for time_s in group.times_s]
+    assert times_s == [*(float(s) for s in range(10)), *(float(s) for s in range(30, 40))]
+
+
+async def test_old_footage_is_removed_and_its_tokens_stay(
+    taking: Taking, show: Show, clock: Clock, tmp_path: Path
+) -> None:
+    taking.limits = IngestLimits(footage_s=40.0)
+    recording_id, work = await run(taking, clock)
+    for number in range(20):
+        show.piece(number * 8, 8, is_new=number == 0)
+        await until(taking, recording_id, number + 1)
+    kept = sorted(int(path.stem) for path in (tmp_path / "cold" / "segments" / recording_id).iterdir())
+    assert kept[0] >= 10
+    assert kept[-1] == 19
+    group = (await taking.shelf.chunk(recording_id, 0)).groups[0]
+    assert group.ref is not None
+    assert await taking.cold.has(group.ref.key)
+    work.cancel()
+    await asyncio.wait({work})
+
+
+async def test_pushed_pieces_become_a_recording_that_ends(taking: Taking, tmp_path: Path) -> None:
+    inbox = Inbox(tmp_path)
+    taking.live = LiveSources({SourceKind.PUSH: PushedReader(inbox)})  # type: ignore[assignment]  # the real one
+    recording_id = await taking.submit(None, _POLICY, kind=SourceKind.PUSH)
+    with inbox.writing(recording_id) as writer:
+        for number in range(2):
+            path = write_clip(tmp_path / f"{number}.ts", 6.0, seed=number)
+            path = path.rename(writer.new_path())
+            writer.add(path, "ts", 1_800_000_000.0 + 6 * number)
+        writer.end()
+    claim = await taking.claim()
+    await claim.finish(await taking.handler()(claim))
+    recording = await taking.shelf.get(recording_id, tenant="acme")
+    assert (recording.state, recording.duration_s) == (RecordingState.COMPLETE, 12.0)
+    assert inbox.pieces(recording_id) == []
+
+
+async def test_a_real_camera_with_a_drop_becomes_chunks_with_a_gap(taking: Taking, tmp_path: Path) -> None:
+    clip = Clip.read(write_clip(tmp_path / "a.mp4", 4.0, fps=10, gop=5))
+    limits = CameraLimits(segment_s=0.4, silence_s=2.0, first_pause_s=0.1, longest_pause_s=0.2)
+    reader = CameraReader(Loopback(), tmp_path / "captures", Metrics(), limits)
+    taking.live = LiveSources({SourceKind.RTSP: reader})  # type: ignore[assignment]  # the real one
+    async with camera(clip) as shown:
+        policy = ChunkPolicy(fps=4.0, chunk_s=2.0)
+        recording_id = await taking.submit(None, policy, kind=SourceKind.RTSP)
+        real = await taking.shelf.get(recording_id, tenant="acme")
+        shelf = _Elsewhere(taking.shelf, replace(real.source, url=shown.url))
+        taking.shelf = shelf  # type: ignore[assignment]  # with the camera's own port
+        claim = await taking.claim()
+        work = asyncio.ensure_future(taking.handler()(claim))
+        await until(taking, recording_id, 2)
+        await shown.stop()
+        await asyncio.sleep(2.0)
+        await shown.start()
+        recording = await until(taking, recording_id, 5)
+        work.cancel()
+        await asyncio.wait({work})
+    reader.close()
+    chunks = await taking.shelf.chunks(recording_id)
+    gaps = [gap for chunk in chunks for gap in chunk.gaps]
+    assert 1.0 < sum(gap.end_s - gap.start_s for gap in gaps) < 5.0
+    assert recording.counters.reconnects == 1
+    assert [chunk.number for chunk in chunks] == list(range(len(chunks)))
+
+
+class _Elsewhere:
+    """The shelf, with a recording's source at another address."""
+
+    def __init__(self, shelf: RecordingStore, source: object) -> None:
+        self._shelf, self._source = shelf, source
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._shelf, name)
+
+    async def get(self, recording_id: str, *, tenant: str) -> Recording:
+        return replace(await self._shelf.get(recording_id, tenant=tenant), source=self._source)  # type: ignore[arg-type]  # a source
