@@ -38,6 +38,7 @@ from nvila.recordings.chunks import IngestLimits
 from nvila.recordings.cold import ColdStore
 from nvila.recordings.database import Database
 from nvila.recordings.encode import GroupEncoder, LostTokens
+from nvila.recordings.hls import HlsReader
 from nvila.recordings.inbox import Inbox
 from nvila.recordings.ingest import DeleteHandler, IngestHandler
 from nvila.recordings.jobs import JobStore
@@ -69,6 +70,8 @@ QUESTIONS = (JobKind.ASK, JobKind.SUMMARY, JobKind.TIMELINE, JobKind.WHEN)
 _LOOK_EVERY_S = 1.0
 _COUNT_EVERY_S = 5.0
 _SWEEP_EVERY_S = 60.0
+_KEEP_OPEN_S = 60.0
+"""Reading the headers of hours of video takes seconds: a decode worker keeps its file open while others are encoded."""
 _LATE_S = 30.0
 """A worker that has heard nothing from its database for so long is not ready."""
 
@@ -174,6 +177,7 @@ async def _open(settings: RecordingsSettings, metrics: Metrics, health: Health, 
             task_s=settings.decode_task_s,
             workers=settings.decode_workers,
             threads=settings.decode_threads,
+            idle_s=_KEEP_OPEN_S,
         ),
         FrameArena.create(settings.shared_memory_prefix, settings.frame_memory_bytes),
     )
@@ -203,7 +207,13 @@ async def _open(settings: RecordingsSettings, metrics: Metrics, health: Health, 
             shelf=shelf,
             cold=cold,
             files=FileSources(fetcher, stores=settings.source_stores, most_bytes=settings.max_source_bytes),
-            live=LiveSources({SourceKind.PUSH: PushedReader(inbox), SourceKind.RTSP: cameras}),
+            live=LiveSources(
+                {
+                    SourceKind.PUSH: PushedReader(inbox),
+                    SourceKind.RTSP: cameras,
+                    SourceKind.HLS: HlsReader(fetcher, scratch.new_path()),
+                }
+            ),
             frames=pool,
             encoder=encoder,
             models=decoder,
