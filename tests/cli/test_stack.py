@@ -38,9 +38,9 @@ def test_ports_are_all_different_and_free() -> None:
 
 
 def test_a_base_port_fixes_all_of_them_in_order() -> None:
-    base = next(port for port in range(21_000, 32_000, 16) if all(ports._is_free(port + n) for n in range(8)))
+    base = next(port for port in range(21_000, 32_000, 16) if all(ports._is_free(port + n) for n in range(9)))
 
-    assert list(vars(choose_ports(base_port=base)).values()) == list(range(base, base + 8))
+    assert list(vars(choose_ports(base_port=base)).values()) == list(range(base, base + 9))
 
 
 def test_a_port_in_use_is_refused_by_its_number() -> None:
@@ -86,8 +86,12 @@ def test_each_stack_has_its_own_key_password_id_and_shared_memory() -> None:
 
     for field in ("stack_id", "api_key", "cache_password"):
         assert getattr(one, field) != getattr(two, field)
-    prefixes = {stack.shared_memory_prefix(config, part) for config in (one, two) for part in ("vision", "gateway")}
-    assert len(prefixes) == 4
+    prefixes = {
+        stack.shared_memory_prefix(config, part)
+        for config in (one, two)
+        for part in ("vision", "gateway", "recordings")
+    }
+    assert len(prefixes) == 6
 
 
 def test_a_configuration_is_read_back_as_it_was_written_and_only_its_owner_may_look(folder: StackFolder) -> None:
@@ -130,12 +134,14 @@ def test_what_the_environment_says_reaches_the_programs_that_read_it(folder: Sta
     """Names are checked against the settings classes themselves: a renamed field fails here, not at a start."""
     from nvila.decode.settings import Settings as DecodeSettings
     from nvila.gateway.settings import GatewaySettings
+    from nvila.recordings.settings import RecordingsSettings
     from nvila.vision.settings import Settings as VisionSettings
 
     fields = {
         "NVILA_GATEWAY_": GatewaySettings.model_fields,
         "NVILA_VISION_": VisionSettings.model_fields,
         "NVILA_DECODE_": DecodeSettings.model_fields,
+        "NVILA_RECORDINGS_": RecordingsSettings.model_fields,
     }
     config = configure(name="one", model=MODEL)
     for part in stack.parts(config, folder):

@@ -15,8 +15,9 @@ VERSION = "Ray 2.60.0, vLLM 0.32.0"
 
 def _print() -> None:
     ports = Ports(
-        cache=1, vision_http=2, vision_grpc=3, vision_metrics=4, decode_grpc=5, decode_http=6, gateway=7, gateway_grpc=8
-    )
+        gateway=1, gateway_grpc=2, cache=3, vision_http=4, vision_grpc=5, vision_metrics=6,
+        decode_grpc=7, decode_http=8, recordings=9,
+    )  # fmt: skip
     config = StackConfig(name="s", stack_id="i", model="/m", ports=ports, api_key="k", cache_password="p")
     part = status.PartStatus(
         name="decode", pid=1234567, port=45678, health="not ready", version=VERSION, memory_bytes=3 << 30,

@@ -50,7 +50,7 @@ def test_status_tells_every_part(stack: RunningStack) -> None:
     assert done.returncode == 0, done.stdout
     told = json.loads(done.stdout)
     assert told["model"] == "random-tiny"
-    assert set(told["parts"]) == {"cache", "vision", "decode", "gateway"}
+    assert set(told["parts"]) == {"cache", "vision", "decode", "gateway", "recordings"}
     for part in told["parts"].values():
         assert part["health"] == "ready"
         assert part["pid"]
@@ -63,7 +63,7 @@ def test_logs_hold_what_the_parts_said(stack: RunningStack) -> None:
     done = nvila(stack, "logs", "-n", "1000")
 
     assert done.returncode == 0
-    for part in ("vision", "decode", "gateway", "supervisor"):
+    for part in ("vision", "decode", "gateway", "recordings", "supervisor"):
         assert f"{part:10} │ " in done.stdout
 
 

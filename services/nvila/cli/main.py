@@ -70,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action=_Version)
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    _up(verbs.add_parser("up", help="start a stack on this machine: cache, vision, decode, gateway"))
+    _up(verbs.add_parser("up", help="start a stack on this machine: cache, vision, decode, gateway, recordings"))
     _down(verbs.add_parser("down", help="drain and stop a stack"))
     _status(verbs.add_parser("status", help="what runs: process, port, health, version, memory of each part"))
     _logs(verbs.add_parser("logs", help="what the parts say"))
@@ -129,7 +129,7 @@ def _status(verb: argparse.ArgumentParser) -> None:
 
 
 def _logs(verb: argparse.ArgumentParser) -> None:
-    verb.add_argument("part", nargs="?", help="cache, vision, decode, gateway or supervisor (default: all)")
+    verb.add_argument("part", nargs="?", help="cache, vision, decode, gateway, recordings or supervisor (default: all)")
     verb.add_argument("--stack", default="default", metavar="NAME", help="which stack (default: %(default)s)")
     verb.add_argument("-f", "--follow", action="store_true", help="keep on printing what comes")
     verb.add_argument("-n", "--lines", type=int, default=50, metavar="N", help="this many at first (%(default)s)")

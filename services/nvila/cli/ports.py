@@ -25,6 +25,7 @@ class Ports:
     vision_metrics: int
     decode_grpc: int
     decode_http: int
+    recordings: int
 
 
 def choose_ports(*, port: int | None = None, base_port: int | None = None) -> Ports:

@@ -22,7 +22,13 @@ from nvila.cli.state import PartPhase, PartState, Phase, StackState
 
 console = Console(stderr=True, highlight=False)
 
-TITLES = {"cache": "Redis", "vision": "Triton", "decode": "Ray Serve + vLLM", "gateway": "FastAPI"}
+TITLES = {
+    "cache": "Redis",
+    "vision": "Triton",
+    "decode": "Ray Serve + vLLM",
+    "gateway": "FastAPI",
+    "recordings": "SQLite",
+}
 """What each part runs on."""
 
 _STYLES = {
@@ -38,6 +44,7 @@ _STARTING = {
     "vision": "starting the server, loading the vision tower",
     "decode": "starting Ray, then the language model's engine",
     "gateway": "waiting for the others",
+    "recordings": "waiting for the others",
 }
 
 

@@ -28,7 +28,7 @@ from nvila.cli.processes import Identity
 from nvila.cli.state import StackFolder, StackState, write_whole
 from nvila.errors import InvalidRequest
 
-STOP_ORDER: Sequence[Sequence[str]] = (("gateway",), ("decode", "vision"), ("cache",))
+STOP_ORDER: Sequence[Sequence[str]] = (("gateway", "recordings"), ("decode", "vision"), ("cache",))
 """From the door inwards: nothing that still answers loses what it stands on."""
 
 SHARED_FOLDERS = ("models", "triton")
@@ -124,7 +124,7 @@ def configure(
 
 def parts(config: StackConfig, folder: StackFolder) -> tuple[Part, ...]:
     """All parts, in the order in which data passes them. None needs another to start, so they start together."""
-    return (_cache(config, folder), _vision(config, folder), _decode(config, folder), _gateway(config, folder))
+    return tuple(part(config, folder) for part in (_cache, _vision, _decode, _gateway, _recordings))
 
 
 def new_state(config: StackConfig, parts: Sequence[Part]) -> StackState:
@@ -250,6 +250,31 @@ def _gateway(config: StackConfig, folder: StackFolder) -> Part:
         command=lambda: Command([sys.executable, "-m", "nvila.gateway.app"], environment),
         is_ready=lambda: _is_there(config.ports.gateway, "/health/ready"),
         version=lambda: _installed(("nvila", "nvila")),
+        drain_s=25,
+        shared_memory=(prefix,),
+    )
+
+
+def _recordings(config: StackConfig, folder: StackFolder) -> Part:
+    """Works on the database and the folders that the gateway has in `data`, its default places."""
+    prefix = shared_memory_prefix(config, "recordings")
+    environment = {
+        "NVILA_RECORDINGS_HOST": HOST,
+        "NVILA_RECORDINGS_HTTP_PORT": str(config.ports.recordings),
+        "NVILA_RECORDINGS_DATA_DIR": str(folder.path / "data"),
+        "NVILA_RECORDINGS_VISION_URL": f"{HOST}:{config.ports.vision_grpc}",
+        "NVILA_RECORDINGS_DECODE_TARGET": f"{HOST}:{config.ports.decode_grpc}",
+        "NVILA_RECORDINGS_REDIS_URL": redis_url(config),
+        "NVILA_RECORDINGS_SHARED_MEMORY_PREFIX": prefix,
+        "NVILA_RECORDINGS_DRAIN_S": "5",
+        "NVILA_RECORDINGS_LOG_LEVEL": config.log_level,
+    }
+    return Part(
+        name="recordings",
+        port=config.ports.recordings,
+        command=lambda: Command([sys.executable, "-m", "nvila.recordings.app"], environment),
+        is_ready=lambda: _is_there(config.ports.recordings, "/health/ready"),
+        version=lambda: _installed(("SQLAlchemy", "sqlalchemy")),
         drain_s=25,
         shared_memory=(prefix,),
     )
