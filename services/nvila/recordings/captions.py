@@ -51,10 +51,12 @@ async def say_of_each(
                 before = await told[place - 1]
                 kept = {name: value for name, value in before.items() if name in holds}
                 return {**piece.told(), **kept, "is_unchanged": True}
-            async with turns:
-                return {**piece.told(), **await say(piece)}
+            return {**piece.told(), **await say(piece)}
 
-        said = await steps.once(f"chunk/{piece.number}", work, event="chunk", progress=progress)
+        # A turn lasts until its result is kept. They are taken in order, so one that waits for the chunk before it
+        # never keeps that from its turn.
+        async with turns:
+            said = await steps.once(f"chunk/{piece.number}", work, event="chunk", progress=progress)
         finished += 1
         told[place].set_result(said)
         return said
