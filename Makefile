@@ -22,6 +22,7 @@ demo: $(READY) ## Start everything, ask two questions about a real video, stop e
 
 test: $(READY) ## Run every test: quick ones first, then the whole path on the real programs
 	@deploy/charts/helm.sh $(BIN)/python >/dev/null
+	@deploy/browser/chromium.sh $(BIN)/python >/dev/null
 	@OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest $(ARGS)
 
 check: $(READY) ## Check formatting, lint, types and the direction of imports

@@ -192,7 +192,8 @@ async def serving(
     metrics = Metrics()
     scratch = Scratch(folder / "scratch")
     files = FileStore(folder / "files", scratch)
-    uploads = Uploads(folder / "uploads", files, scratch, UploadLimits(file_bytes=1 << 20, silence_s=1))
+    settings = replace(HTTP, **http_settings)
+    uploads = Uploads(folder / "uploads", files, scratch, UploadLimits(file_bytes=settings.media_bytes, silence_s=1))
     front = Front(pipeline=pipeline, admission=admission, files=files, limits=limits, metrics=metrics)
     database = Database.open(f"sqlite:///{folder}/recordings.db")
     await database.migrate()
@@ -221,7 +222,7 @@ async def serving(
     async def open_services() -> AsyncIterator[Services]:
         yield services
 
-    app = http.create_app(keys, replace(HTTP, **http_settings), open_services)
+    app = http.create_app(keys, settings, open_services)
     grpc_server = await grpc.serve(front, keys, "127.0.0.1:0", max_message_bytes=1 << 20)
     try:
         async with _listening(app) as url, httpx.AsyncClient(base_url=url, trust_env=False, verify=False) as client:
