@@ -20,7 +20,6 @@ import av
 import pytest
 from PIL import Image
 
-
 from nvila.recordings.jobs import JobStore
 from nvila.recordings.types import Counters, Group, JobKind, RecordedChunk, RecordingState
 from nvila.types import Answered, Gap, Level, RecordingCoverage, TokensRef, WindowMode, WindowPlan
