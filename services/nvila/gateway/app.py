@@ -35,10 +35,13 @@ from nvila.gateway.request import RequestLimits
 from nvila.gateway.scratch import Scratch
 from nvila.gateway.settings import GatewaySettings
 from nvila.gateway.uploads import UploadLimits, Uploads
+from nvila.recordings.cold import ColdStore
 from nvila.recordings.database import Database
+from nvila.recordings.encode import GroupEncoder, LostTokens
 from nvila.recordings.inbox import Inbox
 from nvila.recordings.jobs import JobStore
 from nvila.recordings.store import Quota, RecordingStore
+from nvila.recordings.window import RecordingWindows
 from nvila.telemetry import logs, names, tracing
 from nvila.telemetry.logs import fields
 from nvila.telemetry.metrics import Metrics
@@ -132,8 +135,10 @@ async def _open(settings: GatewaySettings, keys: ApiKeys, opened: AsyncExitStack
     )
     opened.push_async_callback(database.close)
     await database.migrate()
+    shelf = RecordingStore(database)
+    cold = await asyncio.to_thread(ColdStore, settings.recordings_cold_url or str(live))
     recordings = Recordings(
-        shelf=RecordingStore(database),
+        shelf=shelf,
         jobs=JobStore(database),
         files=files,
         inbox=Inbox(live),
@@ -160,6 +165,7 @@ async def _open(settings: GatewaySettings, keys: ApiKeys, opened: AsyncExitStack
     opened.push_async_callback(vision.close)
     decoder = DecodeClient(settings.decode_target)
     opened.push_async_callback(decoder.close)
+    lost = LostTokens(shelf, cold, pool, GroupEncoder(cold, store, vision, recovery_s=settings.recovery_s), decoder)
     pipeline = Pipeline(
         fetcher=fetcher,
         frames=pool,
@@ -170,6 +176,7 @@ async def _open(settings: GatewaySettings, keys: ApiKeys, opened: AsyncExitStack
             chunk_frames=settings.chunk_frames, max_frames=settings.max_frames, recovery_s=settings.recovery_s
         ),
         metrics=metrics,
+        recordings=RecordingWindows(shelf, store, cold, lost),
     )
     admission = Admission(permits=settings.max_concurrency, queue=settings.max_queue, wait_s=settings.queue_timeout_s)
     front = Front(pipeline=pipeline, admission=admission, files=files, limits=request_limits(settings), metrics=metrics)

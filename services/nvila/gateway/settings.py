@@ -64,6 +64,9 @@ class GatewaySettings(BaseSettings):
     recordings part must have the same. Default: recordings.db in the data folder."""
     recordings_dir: Path | None = None
     """Folder for video of live recordings, shared with the recordings part. Default: recordings in the data folder."""
+    recordings_cold_url: str = ""
+    """Where the recordings part keeps visual tokens and footage for good; the same as its NVILA_RECORDINGS_COLD_URL.
+    Default: the folder for live recordings."""
     max_recordings: Count = 10_000
     """Most recordings of a tenant."""
     max_live_recordings: Count = 64
