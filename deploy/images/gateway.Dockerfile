@@ -1,4 +1,5 @@
-# The gateway: HTTP and gRPC in, frames decoded, questions answered. No torch, no compiler, not root.
+# The gateway: HTTP and gRPC in, frames decoded, questions answered; and, by another command, the workers of recordings
+# (python -m nvila.recordings.app). No torch, no compiler, not root.
 #   docker build -f deploy/images/gateway.Dockerfile -t nvila-gateway .
 ARG PYTHON_IMAGE=python:3.11.11-slim-bookworm
 

@@ -10,6 +10,7 @@ import yaml
 
 from nvila.decode.settings import Settings as DecodeSettings
 from nvila.gateway.settings import GatewaySettings
+from nvila.recordings.settings import RecordingsSettings
 from nvila.vision.settings import Settings as VisionSettings
 from tests.deploy.files import (
     IMAGES,
@@ -26,9 +27,13 @@ from tests.deploy.files import (
 
 FIELDS = {
     "gateway": GatewaySettings.model_fields,
+    "recordings": RecordingsSettings.model_fields,
     "vision": VisionSettings.model_fields,
     "decode": DecodeSettings.model_fields,
 }
+
+PROGRAMS = (*IMAGES, "recordings")
+"""Recordings run from the gateway's image."""
 
 
 @pytest.mark.parametrize("path", LAYERS, ids=lambda path: path.name)
@@ -71,6 +76,7 @@ def test_the_version_is_the_packages() -> None:
 def test_services_call_each_other_by_names_and_ports_that_exist() -> None:
     all_services = services(*LAYERS)
     ports = {name: Dockerfile.read(name).ports() for name in IMAGES} | {
+        "recordings": [RecordingsSettings.model_fields["http_port"].default],
         "cache": [6379],
         "collector": [4317, 4318],
         "jaeger": [4317],
@@ -91,14 +97,26 @@ def test_published_ports_are_those_that_the_program_listens_on() -> None:
     assert [int(port.split(":")[-1]) for port in gateway["ports"]] == Dockerfile.read("gateway").ports()
 
 
+def test_the_workers_of_recordings_share_the_gateways_image_data_and_memory() -> None:
+    gateway, workers = services(LAPTOP)["gateway"], services(LAPTOP)["recordings"]
+
+    for what in ("image", "volumes", "ipc"):
+        assert workers[what] == gateway[what]
+    python, option, module = workers["command"]
+    assert (python, option, module) == ("python", "-m", "nvila.recordings.app")
+    port = RecordingsSettings.model_fields["http_port"].default
+    assert f"http://127.0.0.1:{port}/health/ready" in workers["healthcheck"]["test"][-1]
+
+
 def test_health_gates_the_order_of_start() -> None:
     laptop = services(LAPTOP)
-    assert {name: set(laptop[name]["depends_on"]) for name in IMAGES} == {
+    assert {name: set(laptop[name]["depends_on"]) for name in PROGRAMS} == {
         "gateway": {"cache", "vision", "decode"},
+        "recordings": {"cache", "vision", "decode"},
         "vision": {"model", "cache"},
         "decode": {"model", "cache"},
     }
-    for name in IMAGES:
+    for name in PROGRAMS:
         for needed, how in laptop[name]["depends_on"].items():
             if needed == "model":
                 assert how["condition"] == "service_completed_successfully"
@@ -107,12 +125,12 @@ def test_health_gates_the_order_of_start() -> None:
                 assert "healthcheck" in laptop[needed] or needed in IMAGES
 
 
-def test_only_the_gateway_can_be_reached_and_can_reach_out() -> None:
+def test_only_the_gateway_can_be_reached_and_only_who_fetches_can_reach_out() -> None:
     laptop = services(LAPTOP)
 
     assert compose(LAPTOP)["networks"]["path"]["internal"] is True
     assert [name for name, service in laptop.items() if service.get("ports")] == ["gateway"]
-    assert [name for name, service in laptop.items() if "outside" in service["networks"]] == ["gateway"]
+    assert [name for name, service in laptop.items() if "outside" in service["networks"]] == ["gateway", "recordings"]
 
 
 @pytest.mark.parametrize("path", LAYERS, ids=lambda path: path.name)
@@ -144,7 +162,7 @@ def test_the_layers_add_to_services_that_exist_or_bring_their_image() -> None:
 def test_prometheus_asks_every_program_where_it_answers() -> None:
     jobs = yaml.safe_load((ROOT / "deploy/observability/prometheus.yml").read_text())["scrape_configs"]
 
-    assert {job["job_name"] for job in jobs} == set(IMAGES)
+    assert {job["job_name"] for job in jobs} == set(PROGRAMS)
     (gateway,) = [job for job in jobs if job["job_name"] == "gateway"]
     target = services(OBSERVABILITY)["prometheus"]["configs"][0]["target"]
     assert gateway["authorization"]["credentials_file"] == target

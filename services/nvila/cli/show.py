@@ -22,6 +22,12 @@ from nvila.cli.state import PartPhase, PartState, Phase, StackState
 
 console = Console(stderr=True, highlight=False)
 
+
+def results() -> Console:
+    """Stdout, as wide as the terminal, or as wide as it takes where there is none."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+
+
 TITLES = {
     "cache": "Redis",
     "vision": "Triton",
@@ -76,7 +82,7 @@ class Progress:
             line = f"{part.phase}{_took(part)}{' - ' + part.reason if part.reason else ''}"
             if part.phase is not PartPhase.WAITING and self._said.get(name) != line:
                 self._said[name] = line
-                console.print(f"{name:8} {TITLES.get(name, ''):17} {line}")
+                console.print(f"{name:10} {TITLES.get(name, ''):17} {line}")
 
 
 class _Lines:
