@@ -16,7 +16,7 @@ from nvila.recordings.chunks import FELL_BEHIND, IngestLimits
 from nvila.recordings.cold import ColdStore
 from nvila.recordings.inbox import Inbox
 from nvila.recordings.ingest import AWAY
-from nvila.recordings.jobs import JobStore
+from nvila.recordings.jobs import JobStore, LeaseLost
 from nvila.recordings.sources import Away, Ended, Footage, LiveSources, PushedReader
 from nvila.recordings.store import RecordingStore
 from nvila.recordings.types import ChunkPolicy, Recording, RecordingState, SourceKind
@@ -253,6 +253,24 @@ async def test_old_footage_is_removed_and_its_tokens_stay(
     assert await taking.cold.has(group.ref.key)
     work.cancel()
     await asyncio.wait({work})
+
+
+async def test_a_worker_without_room_gives_another_live_source_back(taking: Taking, show: Show, clock: Clock) -> None:
+    handler = taking.handler(clock)
+    handler.load.measured("rec_another", work_s=30.0, footage_s=20.0)
+    recording_id = await taking.submit(None, _POLICY, kind=SourceKind.RTSP)
+    with pytest.raises(LeaseLost):
+        await handler(await taking.claim())
+    recording = await taking.shelf.get(recording_id, tenant="acme")
+    assert (recording.state, recording.error_code) == (RecordingState.WAITING, "overloaded")
+    handler.load.forget("rec_another")
+    clock.now += 20
+    claim = await taking.claim()
+    assert claim.job.attempt == 1, "being given back costs no attempt"
+    show.piece(0, 5, is_new=True)
+    show.end()
+    await handler(claim)
+    assert handler.load.refusal() == ""
 
 
 async def test_pushed_pieces_become_a_recording_that_ends(taking: Taking, tmp_path: Path) -> None:

@@ -219,6 +219,7 @@ async def _open(settings: RecordingsSettings, metrics: Metrics, health: Health, 
             models=decoder,
             metrics=metrics,
             limits=IngestLimits(
+                capacity=settings.decode_workers,
                 window=settings.group_window,
                 fetch_timeout_s=settings.fetch_timeout_s,
                 backlog_s=settings.backlog_s,

@@ -66,12 +66,15 @@ class Shelf(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class IngestLimits:
-    """`window`: groups in memory at a time. `group_timeout_s`: for decoding and encoding one group. `probe_timeout_s`:
-    for reading a file's headers, which for hours of video are many. `fetch_timeout_s`: for a source's bytes.
-    `backlog_s`: footage of a live source that may wait; beyond, the oldest chunks that wait are left out, counted.
-    `late_s`: while a live source is away, how long after the fact footage may still come: a piece is complete only at
-    its last frame. `footage_s`: how long a live source's own files are kept, so that lost tokens can be made again."""
+    """`capacity`: seconds of work per second that live sources may take together, about the number of decode workers;
+    beyond, others are given back. `window`: groups in memory at a time. `group_timeout_s`: for decoding and encoding
+    one group. `probe_timeout_s`: for reading a file's headers, which for hours of video are many. `fetch_timeout_s`:
+    for a source's bytes. `backlog_s`: footage of a live source that may wait; beyond, the oldest chunks that wait are
+    left out, counted. `late_s`: while a live source is away, how long after the fact footage may still come: a piece is
+    complete only at its last frame. `footage_s`: how long a live source's own files are kept, so that lost tokens can
+    be made again."""
 
+    capacity: float = 2.0
     window: int = 4
     group_timeout_s: float = 300.0
     probe_timeout_s: float = 120.0

@@ -22,13 +22,13 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
-from nvila.errors import InvalidMedia, InvalidRequest, NotFound, NvilaError
+from nvila.errors import InvalidMedia, InvalidRequest, NotFound, NvilaError, Overloaded
 from nvila.recordings import cut
 from nvila.recordings.chunks import NO_FOOTAGE, ChunkIngest, IngestLimits, MetricSink, OpenSegment, last_encoded
 from nvila.recordings.cold import ColdStore
 from nvila.recordings.cut import PlannedChunk
 from nvila.recordings.encode import Frames, GroupEncoder, Model, Models
-from nvila.recordings.jobs import Claim
+from nvila.recordings.jobs import Claim, LeaseLost
 from nvila.recordings.sources import Away, Ended, FileSources, Footage, LiveEvent
 from nvila.recordings.store import RecordingStore
 from nvila.recordings.types import Counters, Recording, RecordingState, Segment
@@ -45,12 +45,39 @@ _DROP_KEYS_AT_ONCE = 500
 _CHUNKS_ON_THE_WAY = 6
 """No more chunks than this are planned and not written yet (chunks.py)."""
 _LOOK_EVERY_S = 1.0
+_FULL_PAUSE_S = 15.0
 
 
 class Live(Protocol):
     """What is asked of `LiveSources`."""
 
     def events(self, recording: Recording) -> AsyncGenerator[LiveEvent, None]: ...
+
+
+class LiveLoad:
+    """What the live sources of this worker cost, as measured: seconds of work (decoding, gate, encoding, keeping) per
+    second of footage. `capacity`: how much of it may be promised at a time; one more source is expected to cost what
+    the present ones do."""
+
+    def __init__(self, capacity: float) -> None:
+        self._capacity = capacity
+        self._sources: dict[str, tuple[float, float]] = {}
+
+    def refusal(self) -> str:
+        """Why no other live source can be taken; empty when one can."""
+        costs = [work_s / footage_s for work_s, footage_s in self._sources.values() if footage_s > 0]
+        if not costs:
+            return ""
+        expected = sum(costs) * (len(self._sources) + 1) / len(costs)
+        if expected <= self._capacity:
+            return ""
+        return f"{len(self._sources)} live sources and this one would need {expected:.2f} of {self._capacity:.2f}"
+
+    def measured(self, recording_id: str, work_s: float, footage_s: float) -> None:
+        self._sources[recording_id] = (work_s, footage_s)
+
+    def forget(self, recording_id: str) -> None:
+        self._sources.pop(recording_id, None)
 
 
 class IngestHandler:
@@ -80,6 +107,7 @@ class IngestHandler:
         self._metrics = metrics
         self._limits = limits
         self._clock = clock
+        self.load = LiveLoad(limits.capacity)
 
     async def __call__(self, claim: Claim) -> Mapping[str, Any]:
         """Until the recording is complete; a camera's never is. What is wrong with the source itself fails the
@@ -100,6 +128,7 @@ class IngestHandler:
                 gap_reason=AWAY if recording.source.kind.is_live else NO_FOOTAGE,
             )
             if recording.source.kind.is_live:
+                await self._admit(recording, claim)
                 await _LiveIngest(self, ingest).run()
             else:
                 await self._take_file(ingest)
@@ -108,6 +137,15 @@ class IngestHandler:
             raise
         done = await self._shelf.get(recording.id, tenant=recording.tenant)
         return {"duration_s": done.duration_s, "counters": asdict(done.counters), "seconds": asdict(ingest.seconds)}
+
+    async def _admit(self, recording: Recording, claim: Claim) -> None:
+        """Give a live source back, for another worker or a better moment, when this one has no room for it."""
+        refusal = self.load.refusal()
+        if refusal:
+            await claim.update_recording(error_code=Overloaded.code, error=f"waiting for room: {refusal}")
+            await claim.release(delay_s=_FULL_PAUSE_S)
+            raise LeaseLost("given back: this worker has no room for another live source")
+        self.load.measured(recording.id, 0.0, 0.0)
 
     # -- a file
 
@@ -201,6 +239,7 @@ class _LiveIngest:
         except BaseExceptionGroup as group:
             raise _of_ours(group) from None
         finally:
+            self._services.load.forget(self._recording.id)
             for opened in self._opened.values():
                 await opened.aclose()
         await self._claim.update_recording(
@@ -297,7 +336,7 @@ class _LiveIngest:
 
     async def _chunks(self, first: int) -> AsyncIterator[PlannedChunk]:
         policy, limits = self._recording.policy, self._services._limits
-        number = first
+        number, (begun_s, _) = first, cut.chunk_span(policy, first)
         while True:
             start_s, end_s = cut.chunk_span(policy, number)
             while not self._is_ended and self._edge_s() < end_s:
@@ -310,6 +349,8 @@ class _LiveIngest:
             planned = cut.plan_chunk(policy, number, self._of(start_s, end_s), self._ingest.model.group, duration_s)
             yield replace(planned, is_left_out=bool(planned.groups) and not self._is_ended and lag_s > limits.backlog_s)
             number += 1
+            seconds = asdict(self._ingest.seconds)
+            self._services.load.measured(self._recording.id, sum(seconds.values()), max(0.0, start_s - begun_s))
             await self._close_before(cut.chunk_span(policy, max(0, number - _CHUNKS_ON_THE_WAY))[0])
 
     def _edge_s(self) -> float:
