@@ -78,6 +78,8 @@ def test_a_mistake_is_refused_by_the_schema(values: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("values", "advice"),
     [
+        ({"fullnameOverride": "7-questions"}, "set fullnameOverride"),
+        ({"fullnameOverride": "Video_Answers"}, "set fullnameOverride"),
         ({"model": {"source": "hub"}}, "model.hub.repo"),
         ({"model": {"source": "hub", "hub": {"repo": PUBLISHED}}}, "model.acceptLicense=CC-BY-NC-4.0"),
         ({"model": {"source": "objectStore"}}, "model.objectStore.path"),

@@ -93,6 +93,9 @@ labels:
 {{/* What contradicts itself; each message says what to do. */}}
 {{- define "nvila.check" -}}
 {{- $v := .Values }}
+{{- if not (regexMatch "^[a-z]([-a-z0-9]*[a-z0-9])?$" (include "nvila.fullname" .)) }}
+{{- fail (printf "%s cannot begin the names of Services, which need lower case, digits and dashes after a letter: set fullnameOverride" (include "nvila.fullname" .)) }}
+{{- end }}
 {{- if and (eq $v.model.source "hub") (empty $v.model.hub.repo) }}
 {{- fail "model.source is hub: name the repository in model.hub.repo" }}
 {{- end }}
