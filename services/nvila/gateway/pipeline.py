@@ -63,6 +63,9 @@ from nvila.types import (
 )
 from nvila.video.plan import plan_frames
 
+_RESTORED_AT_ONCE = 4
+"""Token records of a recording brought back at the same time, by one request."""
+
 Emit = Callable[[AnswerEvent], None]
 
 
@@ -354,10 +357,15 @@ class OneAnswer:
             is_wanted = False
         else:
             is_wanted = True
-        for key in [key for key in refs if key in lost and key not in item.in_hand]:
-            with self._clock.stage("restore"), _blaming(item.source):
-                restored = await self._restored(item, refs[key])
-            item.take(restored, is_wanted=is_wanted)
+        turns = asyncio.Semaphore(_RESTORED_AT_ONCE)
+
+        async def bring_back(ref: TokensRef) -> None:
+            async with turns:
+                with self._clock.stage("restore"), _blaming(item.source):
+                    restored = await self._restored(item, ref)
+                item.take(restored, is_wanted=is_wanted)
+
+        await gather(bring_back(ref) for key, ref in refs.items() if key in lost and key not in item.in_hand)
 
     async def _restored(self, item: RecordedItem, ref: TokensRef) -> Restored:
         assert self._services.recordings is not None, "a window was opened"
