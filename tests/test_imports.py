@@ -30,6 +30,8 @@ ALLOWED = {
     "nvila.decode.client": set(),
     "nvila.capacity.simulate": set(),
     "nvila.capacity.sizing": set(),
+    "nvila.recordings.camera": set(),
+    "nvila.recordings.ingest": {"PIL"},
     "nvila.gateway.pipeline": set(),
     "nvila.gateway.app": {"fastapi", "tritonclient", "rich"},  # httpx takes rich along where it is installed
 }

@@ -37,7 +37,7 @@ from nvila.errors import (
     Unavailable,
     from_wire,
 )
-from nvila.recordings.capture import Hello
+from nvila.recordings.connection import Hello
 from nvila.recordings.sources import Away, Footage, LiveEvent
 from nvila.recordings.types import Recording
 from nvila.telemetry import names

@@ -28,7 +28,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlsplit
@@ -48,6 +47,7 @@ from nvila.errors import (
     Unavailable,
     UnsupportedMedia,
 )
+from nvila.recordings.connection import Hello
 from nvila.video import sandbox
 from nvila.video.probe import CODECS
 
@@ -61,23 +61,6 @@ _TRANSPORT_STREAM = ("h264", "hevc", "mpeg1video", "mpeg2video")
 """Codecs that travel in MPEG transport streams, where parameters stand before each key frame; others in Matroska."""
 _RELAY_BYTES = 1 << 16
 _LONGEST_MESSAGE = 1 << 20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Hello:
-    """What the process is told. `url`: rtsp(s), without credentials. `addresses`: of its host, checked. `folder`: where
-    pieces go, under names that begin with `session`. `segment_s`: least length of a piece. `open_s`, `silence_s`:
-    longest wait for the first and the next packet."""
-
-    url: str
-    addresses: tuple[str, ...]
-    user: str
-    password: str
-    folder: str
-    session: int
-    segment_s: float
-    open_s: float
-    silence_s: float
 
 
 class CaptureClock:
