@@ -68,8 +68,8 @@ class WatchHandler:
     """Params: `question`: such as "Is somebody at the door?"; `here`: other words for what is asked besides;
     `webhook_url` and `secret`; the window: absent, it begins with the next chunk, and it ends with the recording.
 
-    Events: `verdict` for each chunk, `alert` for each yes, with the id of its call. Result: `chunks`, `alerts`,
-    `unclear`: how many. `poll_s`: between looks for new chunks.
+    Events: `begin`, `verdict` for each chunk, `alert` for each yes, with the id of its call. Result: `chunks`,
+    `alerts`, `unclear`: how many. `poll_s`: between looks for new chunks.
     """
 
     def __init__(self, caller: Caller, shelf: Shelf, sender: WebhookSender, *, poll_s: float = 1.0) -> None:
@@ -87,7 +87,7 @@ class WatchHandler:
             self._sender.check(webhook.url)
         done = dict(await claim.checkpoints())
         steps = Steps(claim, done)
-        begin = await steps.once("begin", lambda: self._begin(job))
+        begin = await steps.once("begin", lambda: self._begin(job), event="begin")
         after, end_s = begin["after"], begin["end_s"]
         counts = {"chunks": 0, "alerts": 0, "unclear": 0}
         for step, said in done.items():
