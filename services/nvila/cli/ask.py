@@ -59,8 +59,13 @@ def find_media(named: str) -> Media:
 
 def connect(args: argparse.Namespace) -> GatewayClient:
     """The gateway at --url, or the one of the stack."""
+    return GatewayClient(*find_gateway(args))
+
+
+def find_gateway(args: argparse.Namespace) -> tuple[str, str]:
+    """Its address and API key."""
     if args.url:
-        return GatewayClient(args.url.rstrip("/").removesuffix("/v1"), args.api_key or "")
+        return args.url.rstrip("/").removesuffix("/v1"), args.api_key or ""
     folder = folder_of(args.stack)
     state = folder.read()
     if state is None or not state.is_alive:
@@ -69,7 +74,7 @@ def connect(args: argparse.Namespace) -> GatewayClient:
             "name another with --url, or use --in-process"
         )
     config = StackConfig.read(folder)
-    return GatewayClient(config.url, args.api_key or config.api_key)
+    return config.url, args.api_key or config.api_key
 
 
 def print_answer(ask: Ask, pieces: Generator[str | Report, None, None], *, as_json: bool, at_once: bool) -> None:

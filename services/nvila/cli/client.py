@@ -95,6 +95,11 @@ class GatewayClient:
             for file_id in uploaded:
                 self._http.delete(f"/v1/files/{file_id}")
 
+    def ask_about(self, ask: Ask, part: dict[str, Any]) -> Generator[str | Report, None, None]:
+        """The same about a media part that the gateway has already, such as a recording's window."""
+        with self._errors():
+            yield from self._chat(ask, [part])
+
     def _part(self, ask: Ask, media: Media, uploaded: list[str]) -> dict[str, Any]:
         url = media.url
         if media.path is not None:
@@ -172,9 +177,24 @@ def _events(answer: httpx.Response) -> Iterator[dict[str, Any]]:
             yield json.loads(data)
 
 
+def error_of(answer: httpx.Response) -> NvilaError:
+    """What an answer that failed says."""
+    error = _error(answer.json() if _is_json(answer) and answer.content else {}, answer.status_code)
+    if (wait := answer.headers.get("retry-after", "")).isdecimal():
+        error.retry_after_s = float(wait)
+    return error
+
+
+_BY_STATUS = {401: "unauthenticated", 404: "not_found", 409: "conflict", 429: "overloaded", 503: "unavailable"}
+"""For answers that have no body: those to HEAD."""
+
+
 def _error(record: dict[str, Any], status: int) -> NvilaError:
     found = record.get("error") or {}
-    error = from_wire(str(found.get("code") or "internal"), str(found.get("message") or f"HTTP status {status}"))
+    error = from_wire(
+        str(found.get("code") or _BY_STATUS.get(status, "internal")),
+        str(found.get("message") or f"HTTP status {status}"),
+    )
     error.param = found.get("param")
     return error
 

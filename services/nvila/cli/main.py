@@ -7,7 +7,7 @@ import importlib
 import json
 import sys
 
-from nvila.cli import operations, training
+from nvila.cli import operations, recording_verbs, training
 from nvila.errors import NvilaError
 
 EXIT_CODES = {
@@ -75,6 +75,8 @@ def parser() -> argparse.ArgumentParser:
     _status(verbs.add_parser("status", help="what runs: process, port, health, version, memory of each part"))
     _logs(verbs.add_parser("logs", help="what the parts say"))
     _ask(verbs.add_parser("ask", help="ask a question about images and videos", epilog=_STATUSES))
+    recording_verbs.recordings(verbs.add_parser("recordings", help="long videos and cameras: add, ask, sum up, watch"))
+    recording_verbs.jobs(verbs.add_parser("jobs", help="long questions about recordings: follow, cancel, retry"))
     _model_verb(verbs.add_parser("model", help="look into a checkpoint, convert it, verify it"))
     _demo(verbs.add_parser("demo", help="start a stack, ask two questions about a real video, stop it"))
     training.train(verbs.add_parser("train", help="train, tune and prune models: recipes, stages, ablations"))

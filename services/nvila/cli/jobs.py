@@ -1,0 +1,147 @@
+"""`nvila jobs`: what is being done about recordings, followed and steered."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from rich.text import Text
+
+from nvila.cli import show
+from nvila.cli.ask import find_gateway
+from nvila.cli.recording_client import Record, RecordingClient
+from nvila.errors import Cancelled, from_wire
+
+_STYLES = {"done": "green", "failed": "bold red", "running": "cyan", "queued": "dim", "cancelled": "yellow"}
+
+
+def run(args: argparse.Namespace) -> int:
+    with RecordingClient(*find_gateway(args)) as gateway:
+        match args.action:
+            case "list":
+                query = {"recording": args.recording, "kind": args.kind, "state": args.state}
+                _print_list(list(gateway.every("/v1/jobs", limit=args.limit, **query)), as_json=args.json)
+            case "show":
+                print_job(gateway.get(f"/v1/jobs/{args.id}"), as_json=args.json)
+            case "follow":
+                return follow(gateway, args.id, as_json=args.json)
+            case "cancel" | "retry":
+                print_job(gateway.post(f"/v1/jobs/{args.id}/{args.action}"), as_json=args.json)
+    return 0
+
+
+def follow(gateway: RecordingClient, job_id: str, *, as_json: bool) -> int:
+    """Show what a job says until it is over, then its result. As JSON: each event a line, then the job.
+
+    Raises the error that the job failed with, or `Cancelled`."""
+    with _bar("working") as progress:
+        for kind, data in gateway.follow(job_id):
+            if as_json:
+                _print_line({"event": kind, **data})
+            elif kind == "progress":
+                progress(data)
+            elif line := finding(data):
+                show.console.print(line)
+    job = gateway.get(f"/v1/jobs/{job_id}")
+    if as_json:
+        _print_line(job)
+    if job["state"] == "failed":
+        error = job["error"] or {}
+        raise from_wire(error.get("code", "internal"), error.get("message", "the job failed"))
+    if job["state"] == "cancelled":
+        raise Cancelled("the job was cancelled")
+    if not as_json:
+        _print_result(job["result"] or {})
+    return 0
+
+
+def finding(data: Record) -> str:
+    """What was found between two times, in one line; empty when it is nothing of the kind."""
+    said = data.get("text") or data.get("label") or ""
+    if "start_s" not in data or not said:
+        return ""
+    return f"{clock(data['start_s'])}–{clock(data['end_s'])}  {said}"
+
+
+def clock(at_s: float) -> str:
+    """1:04:16, or 4:16."""
+    minutes, seconds = divmod(int(at_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+
+
+def _print_result(result: Record) -> None:
+    if text := result.get("text"):
+        print(text)
+    found = result.get("events", result.get("intervals"))
+    for one in found or ():
+        label = one.get("label", "")
+        print(f"{clock(one['start_s'])}–{clock(one['end_s'])}{f'  {label}' if label else ''}")
+    if found == []:
+        print("nothing was found in this window", file=sys.stderr)
+    for gap in result.get("gaps", []):
+        show.console.print(Text(f"gap {clock(gap['start_s'])}–{clock(gap['end_s'])}: {gap['reason']}", style="yellow"))
+
+
+def print_job(job: Record, *, as_json: bool) -> None:
+    if as_json:
+        show.print_json(job)
+        return
+    print(f"{job['id']}  {job['kind']}  {job['state']}")
+    if job["recording"]:
+        print(f"recording  {job['recording']}")
+    for name, value in {**job["params"], **job["progress"]}.items():
+        print(f"{name}  {value}")
+    if job["error"]:
+        print(f"error  {job['error']['code']}: {job['error']['message']}")
+    if job["result"]:
+        _print_result(job["result"])
+
+
+def _print_list(jobs: list[Record], *, as_json: bool) -> None:
+    if as_json:
+        show.print_json(jobs)
+        return
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    for title in ("job", "kind", "state", "recording", "age"):
+        table.add_column(title, no_wrap=True)
+    for job in jobs:
+        state = Text(job["state"], style=_STYLES.get(job["state"], ""))
+        table.add_row(job["id"], job["kind"], state, job["recording"] or "", age(job["created_at"]))
+    show.results().print(table)
+
+
+def age(at: float) -> str:
+    seconds = max(0.0, time.time() - at)
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} s"
+
+
+def _print_line(record: Record) -> None:
+    print(json.dumps(record), flush=True)
+
+
+@contextmanager
+def _bar(what: str) -> Iterator[Callable[[Record], None]]:
+    """A progress bar on a terminal, nothing elsewhere; gives a function that takes a job's progress."""
+    if not show.console.is_terminal:
+        yield lambda _: None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[part]}"))
+    with Progress(*columns, TimeElapsedColumn(), console=show.console, transient=True) as progress:
+        task = progress.add_task(what, total=None, part="")
+
+        def told(data: Record) -> None:
+            done, total = data.get("done"), data.get("total", data.get("of"))
+            if done is not None and total:
+                progress.update(task, completed=done, total=total, part=f"{done} of {total}")
+
+        yield told
