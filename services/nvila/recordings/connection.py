@@ -1,4 +1,4 @@
-"""What a capture process (`capture.py`) is told by the one that starts it (`camera.py`); light, as neither is for both."""
+"""What a capture process (`capture.py`) is told by the one that starts it (`camera.py`). Light: without FFmpeg."""
 
 from __future__ import annotations
 
