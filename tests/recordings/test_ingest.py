@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 from PIL import Image
 
@@ -279,3 +280,23 @@ async def test_deleting_leaves_what_another_recording_stands_on(taking: Taking, 
     assert removed == [goner.id]
     assert await taking.shelf.count_chunks(goner.id) == 0
     assert not (tmp_path / "cold" / "segments" / goner.id).exists()
+
+
+@pytest.mark.slow
+async def test_two_hours_need_no_more_memory_than_minutes(taking: Taking, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "long.mp4", 7200.0, fps=1, gop=30)
+    process, seen = psutil.Process(), []
+    recording_id = await taking.submit(clip, ChunkPolicy(fps=1.0, chunk_s=32.0, floor_s=1e6))
+    claim = await taking.claim()
+    work = asyncio.ensure_future(taking.handler()(claim))
+    while not work.done():
+        await asyncio.sleep(0.5)
+        written = await taking.shelf.count_chunks(recording_id)
+        children = process.children(recursive=True)
+        seen.append((written, process.memory_info().rss + sum(child.memory_info().rss for child in children)))
+    await claim.finish(await work)
+    recording = await taking.shelf.get(recording_id, tenant="acme")
+    assert (recording.counters.chunks, recording.duration_s) == (225, 7200.0)
+    early = max(used for written, used in seen if 20 <= written <= 60)
+    late = max(used for written, used in seen if written > 150)
+    assert late < early * 1.15, f"{early:,} bytes after minutes, {late:,} after hours"
