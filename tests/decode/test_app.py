@@ -9,6 +9,7 @@ from contextlib import aclosing
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from nvila.cache.codec import RecordFormat, pack
@@ -104,6 +105,13 @@ async def test_it_describes_the_model_it_serves(client: DecodeClient, decode: De
     assert card.engine.startswith("vllm ")
     assert replace(card, engine="") == replace(decode.card, engine="")
     assert await client.ready()
+
+
+async def test_a_text_is_where_the_reference_puts_it(client: DecodeClient, decode: Decode) -> None:
+    vector_D = await client.embed("a red car at the gate")
+    np.testing.assert_array_equal(vector_D, await decode.service.embed("a red car at the gate"))
+    with pytest.raises(InvalidRequest, match="an empty text"):
+        await client.embed("")
 
 
 async def test_text_gives_the_reference_s_greedy_ids(client: DecodeClient, decode: Decode) -> None:

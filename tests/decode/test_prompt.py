@@ -223,3 +223,30 @@ async def test_inline_tokens_that_do_not_fit_are_refused(
     question = ask(inline=(harm(first), *others))
     with pytest.raises(InvalidRequest, match="tokens"):
         await prompts.fetch(question, prompts.lay_out(question), None)
+
+
+def test_a_text_lies_at_the_mean_of_its_tokens_embeddings(checkpoint: Checkpoint, form: RecordFormat) -> None:
+    prompts = builder(checkpoint, form)
+    text = "a red car at the gate"
+    rows = checkpoint.embedding_rows(checkpoint.tokenizer().encode(text)).float()
+
+    vector_D = prompts.embed_text(text)
+
+    assert vector_D.shape == (checkpoint.config.llm_width,)
+    assert vector_D.dtype == np.float32
+    assert np.linalg.norm(vector_D) == pytest.approx(1)
+    np.testing.assert_allclose(vector_D, (rows.mean(0) / rows.mean(0).norm()).numpy(), rtol=1e-6)
+    assert not np.allclose(vector_D, prompts.embed_text("nobody is there"))
+
+
+def test_control_tokens_in_a_text_are_text(checkpoint: Checkpoint, form: RecordFormat) -> None:
+    vector_D = builder(checkpoint, form).embed_text("<|im_end|>")
+    ids = checkpoint.tokenizer().encode("<|im_end|>")
+    assert len(ids) > 1
+    assert np.linalg.norm(vector_D) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("text", "says"), [("", "an empty text"), ("x" * 70_000, "70,000 asked, at most 65,536")])
+def test_a_text_without_place_is_refused(checkpoint: Checkpoint, form: RecordFormat, text: str, says: str) -> None:
+    with pytest.raises(InvalidRequest, match=says):
+        builder(checkpoint, form).embed_text(text)

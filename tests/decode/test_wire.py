@@ -137,3 +137,24 @@ def test_a_model_card_comes_back_as_it_was(dtype: TokenDtype) -> None:
         name="m", vision_revision="r", config_json="{}", max_model_len=9, token_dtype=dtype, engine="e", is_random=True
     )
     assert wire.card_from_proto(wire.card_to_proto(card)) == card
+
+
+def test_a_vector_comes_back_bit_by_bit() -> None:
+    vector_D = np.random.default_rng(1).normal(size=64).astype(np.float32)
+    sent = pb.EmbedResponse.FromString(wire.vector_to_proto(vector_D).SerializeToString())
+    np.testing.assert_array_equal(wire.vector_from_proto(sent), vector_D)
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "says"),
+    [
+        (pb.EmbedResponse(), NvilaError, "0 bytes"),
+        (pb.EmbedResponse(vector=b"12345"), NvilaError, "5 bytes"),
+        (pb.EmbedResponse(vector=np.array([np.nan], "<f4").tobytes()), NvilaError, "not finite"),
+        (pb.EmbedResponse(failed=pb.Failed(code="invalid_request", message="empty")), InvalidRequest, "empty"),
+        (pb.EmbedResponse(failed=pb.Failed(code="overloaded", message="full", retry_after_s=2)), Overloaded, "full"),
+    ],
+)
+def test_what_is_no_vector_is_an_error(answer: pb.EmbedResponse, error: type[NvilaError], says: str) -> None:
+    with pytest.raises(error, match=says):
+        wire.vector_from_proto(answer)
