@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from nvila.capacity import load, rules, sizing
@@ -335,9 +334,7 @@ def _span(text: str) -> tuple[float, float]:
 
 
 def _print_table(title: str, note: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 240  # a file has no edge
+    console = show.results()
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     for place, column in enumerate(columns):
         table.add_column(

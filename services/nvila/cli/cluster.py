@@ -11,7 +11,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -66,7 +65,7 @@ def _doctor(cluster: Cluster, args: argparse.Namespace) -> int:
 
 
 def _print_findings(findings: Sequence[Finding]) -> None:
-    console = _console()
+    console = show.results()
     before = ""
     for finding in findings:
         sign, style = _SIGNS[finding.level]
@@ -120,7 +119,7 @@ def _as_json(release: Release, live: dict[str, Live]) -> dict[str, Any]:
 
 
 def _print_status(release: Release, live: dict[str, Live]) -> None:
-    console = _console()
+    console = show.results()
     console.print(f"\n[bold]{release.name}[/]  {release.namespace}  [dim]{release.chart}[/]\n")
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
     for title in ("pool", "ready", "scaled by", "backlog", "queue", "in work", "image"):
@@ -204,10 +203,3 @@ def _bundle(cluster: Cluster, args: argparse.Namespace) -> int:
         print(f"  without {failure}", file=sys.stderr)
     print(f"{made['file']}  {made['bytes'] / 1024:.0f} KiB, {len(made['holds'])} files, secrets left out")
     return 0
-
-
-def _console() -> Console:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 240  # a file has no edge
-    return console

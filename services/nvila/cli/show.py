@@ -1,4 +1,4 @@
-"""What a person sees: live lines on a terminal, plain lines elsewhere. All of it on stderr; stdout is for results."""
+"""What a person sees: live lines on a terminal, plain lines elsewhere. On stderr, but for `results`."""
 
 from __future__ import annotations
 
@@ -24,8 +24,11 @@ console = Console(stderr=True, highlight=False)
 
 
 def results() -> Console:
-    """Stdout, as wide as the terminal, or as wide as it takes where there is none."""
-    return Console(highlight=False, width=None if sys.stdout.isatty() else 200)
+    """What was asked for, on stdout; a file has no edge at which lines would have to end."""
+    printer = Console(highlight=False)
+    if not printer.is_terminal:
+        printer.width = 240
+    return printer
 
 
 TITLES = {
@@ -36,6 +39,7 @@ TITLES = {
     "recordings": "SQLite",
 }
 """What each part runs on."""
+
 
 _STYLES = {
     PartPhase.READY: ("✓", "green"),

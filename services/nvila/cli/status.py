@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 
 import psutil
-from rich.console import Console, RenderableType
+from rich.console import RenderableType
 from rich.table import Table
 
 from nvila.cli import processes, show, stack
@@ -114,9 +114,7 @@ def _model(config: StackConfig) -> str:
 
 
 def _print(config: StackConfig, state: StackState, statuses: list[PartStatus], model: str) -> None:
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = 240  # a file has no edge
+    console = show.results()
     console.print(
         f"\n[bold]{state.name}[/]  {config.url}  [dim]model[/] {model or config.model}  "
         f"[dim]supervisor[/] {state.supervisor.pid}\n",

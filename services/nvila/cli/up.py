@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import time
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -103,7 +104,7 @@ def summary(config: StackConfig, folder: StackFolder, took_s: float) -> dict[str
 
 
 def _print_ready(config: StackConfig, folder: StackFolder, took_s: float, *, is_detached: bool) -> None:
-    tell = show.console.print
+    tell = partial(show.results().print, soft_wrap=True)
     option = "" if config.name == "default" else f" --stack {config.name}"
     tell(f"\n[bold green]nvila is ready[/] after {took_s:.0f} s\n")
     tell(f"  OpenAI API   {config.url}/v1      [dim]key in {_short(folder.path / 'api-key')}[/]")
