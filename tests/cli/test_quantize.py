@@ -102,7 +102,7 @@ def test_tokens_of_8_bits_are_asked_too(tiny: Path, data: Path, capsys: pytest.C
 
     assert main([*ask, "--token-dtype", "int8", "--json"]) == 0
 
-    assert json.loads(capsys.readouterr().out)["all"]["samples"] == 6
+    assert json.loads(capsys.readouterr().out)["samples"] == 6
 
 
 def test_comparing_with_nothing_is_said(tmp_path: Path) -> None:
