@@ -14,6 +14,7 @@ import yaml
 from nvila.decode.settings import Settings as DecodeSettings
 from nvila.gateway.middleware import OPEN_PATHS
 from nvila.gateway.settings import GatewaySettings
+from nvila.recordings.settings import RecordingsSettings
 from nvila.telemetry import names
 from nvila.vision.settings import Settings as VisionSettings
 from tests.charts.helm import CHART, PROFILES, ROOT, Rendered, container, environment, pod_of, render
@@ -24,7 +25,12 @@ with warnings.catch_warnings():
 
     from nvila.decode import app as decode_app
 
-SETTINGS = {"GATEWAY": GatewaySettings, "VISION": VisionSettings, "DECODE": DecodeSettings}
+SETTINGS = {
+    "GATEWAY": GatewaySettings,
+    "VISION": VisionSettings,
+    "DECODE": DecodeSettings,
+    "RECORDINGS": RecordingsSettings,
+}
 IMAGES = {"gateway": "gateway", "vision": "vision", "decode": "decode"}
 
 

@@ -25,6 +25,41 @@ spec:
     - {port: 53, protocol: TCP}
 {{- end }}
 
+{{/* Peers: those who ask vision and decode. Takes: root. */}}
+{{- define "nvila.askers" -}}
+{{- include "nvila.peer" (list . "gateway") }}
+{{- if .Values.recordings.enabled }}
+{{ include "nvila.peer" (list . "recordings") }}
+{{- end }}
+{{- end }}
+
+{{/* Media from public addresses, and what else the operator allows. Takes: list root ports. */}}
+{{- define "nvila.egressMedia" -}}
+{{- $policy := (index . 0).Values.networkPolicy -}}
+- ports:
+    {{- range index . 1 }}
+    - {port: {{ . }}}
+    {{- end }}
+  to:
+    - ipBlock:
+        cidr: 0.0.0.0/0
+        {{- with $policy.fetchExcept }}
+        except:
+          {{- toYaml . | nindent 10 }}
+        {{- end }}
+{{- with $policy.fetchTo }}
+- to:
+    {{- toYaml . | nindent 4 }}
+{{- end }}
+{{- end }}
+
+{{/* The database of recordings. Takes: root. */}}
+{{- define "nvila.egressDatabase" -}}
+{{- if .Values.recordings.enabled }}
+{{ include "nvila.egressOutside" (list . (list (int .Values.recordings.database.port))) }}
+{{- end }}
+{{- end }}
+
 {{/* One of our own services. Takes: list root component ports. */}}
 {{- define "nvila.egressOwn" -}}
 - to:

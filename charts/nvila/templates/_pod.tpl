@@ -48,7 +48,7 @@ imagePullSecrets:
 {{- $own := index . 2 }}
 {{- $class := $own.priorityClassName }}
 {{- if and (not $class) $root.Values.priorityClasses.create }}
-{{- $class = include "nvila.priorityClass" (list $root (has $component (list "gateway" "redis") | ternary "front" "pools")) }}
+{{- $class = include "nvila.priorityClass" (list $root (has $component (list "gateway" "recordings" "redis") | ternary "front" "pools")) }}
 {{- end }}
 {{- with $class }}
 priorityClassName: {{ . }}
@@ -136,7 +136,8 @@ topologySpreadConstraints:
 {{- end }}
 {{- end }}
 
-{{/* Environment with the address of the token cache as one role sees it. Takes: list root role. */}}
+{{/* Environment with the address of the token cache as one role sees it. Takes: list root role, and the program when it
+has another name than the role. */}}
 {{- define "nvila.redisEnv" -}}
 {{- $root := index . 0 }}
 {{- $role := index . 1 }}
@@ -155,7 +156,7 @@ topologySpreadConstraints:
     secretKeyRef:
       name: {{ include "nvila.redisSecret" $root }}
       key: {{ $role }}-password
-- name: NVILA_{{ upper $role }}_REDIS_URL
+- name: NVILA_{{ last . | upper }}_REDIS_URL
   value: {{ printf "%s://%s:$(REDIS_PASSWORD)@%s:%d/%d%s" $scheme $user $host $port $database $query | quote }}
 {{- end }}
 
@@ -198,5 +199,6 @@ topologySpreadConstraints:
 
 {{/* MiB of shared memory of each component: what the program fills, and room for its bookkeeping. */}}
 {{- define "nvila.sharedMiB.gateway" -}}{{ add .Values.gateway.frameMemoryMiB 64 }}{{- end }}
+{{- define "nvila.sharedMiB.recordings" -}}{{ add .Values.recordings.frameMemoryMiB 64 }}{{- end }}
 {{- define "nvila.sharedMiB.vision" -}}{{ add .Values.vision.pendingMiB 256 (div .Values.vision.pendingMiB 4) }}{{- end }}
 {{- define "nvila.sharedMiB.decode" -}}{{ add .Values.decode.objectStoreMiB 256 (mul 1024 (sub (max 1 .Values.decode.gpu.count) 1)) }}{{- end }}
