@@ -339,7 +339,8 @@ class _LiveIngest:
         number, (begun_s, _) = first, cut.chunk_span(policy, first)
         while True:
             start_s, end_s = cut.chunk_span(policy, number)
-            while not self._is_ended and self._edge_s() < end_s:
+            last_s = cut.chunk_times(policy, number)[-1]
+            while not self._is_ended and self._edge_s() <= last_s:  # then it is known what its last instant shows
                 await self._wait()
             duration_s = self._reach_s if self._is_ended else math.inf
             if self._is_ended and number >= cut.chunk_count(policy, duration_s):
