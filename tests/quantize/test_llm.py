@@ -14,6 +14,7 @@ from nvila.errors import InvalidCheckpoint, InvalidRequest
 from nvila.model.checkpoint import Checkpoint
 from nvila.model.layouts import LayoutStyle
 from nvila.model.save import convert_checkpoint
+from nvila.model.summary import summarise
 from nvila.model.tiny import make_random_checkpoint
 from nvila.model.unpack import widen_llm
 from nvila.model.verify import verify
@@ -88,6 +89,12 @@ def test_without_kernels_it_is_written_out_in_16_bits_once(packed: Made, tmp_pat
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
     assert "quantization_config" not in dense.llm
     Checkpoint(dense).check_llm()
+
+
+def test_it_has_as_many_parameters_as_its_original(tiny: Checkpoint, packed: Made) -> None:
+    wanted, got = ({m.name: m.parameters for m in summarise(one).modules} for one in (tiny, packed[0]))
+
+    assert got == wanted
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------

@@ -6,11 +6,12 @@ Read from configuration and from the headers of its weight files; no weight is t
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from nvila.model.checkpoint import EMBEDDING, Checkpoint
 from nvila.model.estimate import MediaCost, MediaSize, media_cost
+from nvila.model.int8_layout import SCALE
 from nvila.model.layouts import Part
 from nvila.types import MediaKind, TokenDtype
 
@@ -98,13 +99,25 @@ def _modules(checkpoint: Checkpoint, part: Part) -> list[ModuleSummary]:
     return [
         ModuleSummary(
             name=module,
-            parameters=sum(math.prod(shapes[name]) for name in names),
+            parameters=sum(math.prod(shape) for shape in _whole(names, shapes).values()),
             stored_bytes=sum(math.prod(shapes[name]) * _WIDTHS.get(weights.dtype(name), 4) for name in names),
             dtypes=tuple(sorted({weights.dtype(name) for name in names})),
-            memory_bytes={p: weight_bytes({name: shapes[name] for name in names}, p) for p in PRECISIONS},
+            memory_bytes={p: weight_bytes(_whole(names, shapes), p) for p in PRECISIONS},
         )
         for module, names in sorted(groups.items(), key=lambda group: _ORDER.index(group[0]))
     ]
+
+
+def _whole(names: Sequence[str], shapes: Shapes) -> Shapes:
+    """As the model has them: linears in four bits by their own sizes, and no scales and zero points of quantising."""
+    found: dict[str, tuple[int, ...]] = {}
+    for name in names:
+        if name.endswith(".qweight"):
+            inputs, eighths = shapes[name]
+            found[f"{name.removesuffix('.qweight')}.weight"] = (8 * eighths, inputs)
+        elif not name.endswith((".qzeros", ".scales", f".{SCALE}")):
+            found[name] = shapes[name]
+    return found
 
 
 _ORDER = ("vision_tower", "mm_projector", "llm embeddings", "llm blocks", "llm head")
