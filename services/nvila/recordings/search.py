@@ -71,7 +71,7 @@ class SimilaritySearch:
         self._vectors = vectors
         self._embedder = embedder
         self._most_indexes = most_indexes
-        self._indexes: OrderedDict[str, _RecordingIndex] = OrderedDict()
+        self._indexes: OrderedDict[str, RecordingIndex] = OrderedDict()
 
     async def most_like(self, text: str, window: RecordingWindow, tenant: str, count: int) -> Sequence[Hit]:
         """Up to `count` chunks of the window, the likest first.
@@ -80,7 +80,7 @@ class SimilaritySearch:
         """
         await self._vectors.get(window.recording_id, tenant=tenant)
         chunks = await self._vectors.chunks(window.recording_id, start_s=window.start_s, end_s=window.end_s)
-        index = self._indexes.pop(window.recording_id, None) or _RecordingIndex()
+        index = self._indexes.pop(window.recording_id, None) or RecordingIndex()
         self._indexes[window.recording_id] = index
         while len(self._indexes) > self._most_indexes:
             self._indexes.popitem(last=False)
@@ -100,7 +100,7 @@ class SimilaritySearch:
         ]
 
 
-class _RecordingIndex:
+class RecordingIndex:
     """One recording's vectors, less their mean, in a `usearch` index. Rebuilt when the mean has moved: at each doubling
     of the number of chunks."""
 
