@@ -237,6 +237,32 @@ async def test_a_worker_that_takes_over_goes_on_with_the_same_recording(
     assert times_s == [*(float(s) for s in range(10)), *(float(s) for s in range(30, 40))]
 
 
+async def test_a_piece_that_was_kept_before_a_kill_is_not_taken_twice(
+    taking: Taking, clock: Clock, tmp_path: Path
+) -> None:
+    clip = write_clip(tmp_path / "a.ts", 10.0)
+    again = tmp_path / "again.ts"
+    again.write_bytes(clip.read_bytes())
+    recording_id = await taking.submit(None, _POLICY, kind=SourceKind.RTSP)
+    for path in (clip, again):
+        piece = Footage(path=path, captured_at=clock.now, taken=lambda: None)
+        taking.live.queue.put_nowait(piece)
+        claim = await taking.claim()
+        work: asyncio.Future[object] = asyncio.ensure_future(taking.handler(clock)(claim))
+        await until(taking, recording_id, 1)
+        while taking.live.queue.qsize():
+            await asyncio.sleep(0.02)
+        if path is again:
+            taking.live.queue.put_nowait(Ended())
+            await work
+        else:
+            work.cancel()
+            await asyncio.wait({work})
+            await claim.release()
+    assert [segment.number for segment in await taking.shelf.segments(recording_id)] == [0]
+    assert (await taking.shelf.get(recording_id, tenant="acme")).duration_s == 10.0
+
+
 async def test_old_footage_is_removed_and_its_tokens_stay(
     taking: Taking, show: Show, clock: Clock, tmp_path: Path
 ) -> None:
@@ -245,7 +271,9 @@ async def test_old_footage_is_removed_and_its_tokens_stay(
     for number in range(20):
         show.piece(number * 8, 8, is_new=number == 0)
         await until(taking, recording_id, number + 1)
-    kept = sorted(int(path.stem) for path in (tmp_path / "cold" / "segments" / recording_id).iterdir())
+    kept = sorted(
+        int(path.stem.partition("-")[0]) for path in (tmp_path / "cold" / "segments" / recording_id).iterdir()
+    )
     assert kept[0] >= 10
     assert kept[-1] == 19
     group = (await taking.shelf.chunk(recording_id, 0)).groups[0]

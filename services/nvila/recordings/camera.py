@@ -157,6 +157,7 @@ class _Listener:
         self._waiting.append(event)
         footage = [waiting for waiting in self._waiting if isinstance(waiting, Footage)]
         if len(footage) > self._most:
+            _log.warning("footage of a camera is lost: it is not taken in", extra=fields(waiting=len(footage)))
             self._waiting.remove(footage[0])
             footage[0].taken()
         self._news.set()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -14,7 +14,7 @@ class Hello:
     url: str
     addresses: tuple[str, ...]
     user: str
-    password: str
+    password: str = field(repr=False)
     folder: str
     session: int
     segment_s: float

@@ -275,11 +275,17 @@ class _LiveIngest:
         is_first = self._captured_at is None
         captured_at = piece.captured_at if self._captured_at is None else self._captured_at
         size_bytes, digest = await asyncio.to_thread(_measured, piece.path)
+        at_s = cut.whole_us(piece.captured_at - captured_at)
+        if any(one.digest == digest and one.start_s >= at_s for one in self._kept):
+            piece.taken()  # the worker before kept it, and was gone before it could say so
+            return
         segment = Segment(
             recording_id=self._recording.id,
             number=number,
-            path=await services._cold.keep(piece.path, self._recording.id, f"{number}{piece.path.suffix}"),
-            start_s=max(cut.whole_us(piece.captured_at - captured_at), self._reach_s),
+            path=await services._cold.keep(
+                piece.path, self._recording.id, f"{number}-{digest[:16]}{piece.path.suffix}"
+            ),
+            start_s=max(at_s, self._reach_s),
             duration_s=cut.whole_us(info.duration_s),
             size_bytes=size_bytes,
             digest=digest,
