@@ -87,16 +87,6 @@ def last_instant(policy: ChunkPolicy, duration_s: float) -> int:
     return math.ceil((duration_s - _SLACK_S) * policy.fps) - 1
 
 
-def chunks_at(policy: ChunkPolicy, instant: int) -> range:
-    """Numbers of the chunks that an instant belongs to."""
-    time_s = instant / policy.fps
-    last = math.floor((time_s + _SLACK_S) / stride_s(policy))
-    first = last
-    while first > 0 and _instants(policy, first - 1)[1] > instant:
-        first -= 1
-    return range(first, last + 1) if _instants(policy, last)[1] > instant else range(0)
-
-
 def chunk_times(policy: ChunkPolicy, number: int, duration_s: float = math.inf) -> tuple[float, ...]:
     """The instants of a chunk, seconds on the recording's clock, those before `duration_s`."""
     first, end = _instants(policy, number)
