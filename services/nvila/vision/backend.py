@@ -22,11 +22,10 @@ import triton_python_backend_utils as pb_utils
 from pydantic import ValidationError
 
 from nvila.cache.store import TokenStore
-from nvila.errors import InvalidCheckpoint, NvilaError
+from nvila.errors import NvilaError
 from nvila.model.checkpoint import Checkpoint
 from nvila.model.config import NvilaConfig
 from nvila.model.encoder import VisionEncoder
-from nvila.model.int8_tower import Int8Ops, choose_ops
 from nvila.telemetry import logs, tracing
 from nvila.telemetry.logs import fields
 from nvila.telemetry.names import Metric
@@ -34,6 +33,7 @@ from nvila.vision import guard
 from nvila.vision.checks import free_shared_bytes, reasons_not_to_start
 from nvila.vision.contract import ENCODE, FRAMES, RESULT, as_tensor
 from nvila.vision.engine import Engine, EngineLimits
+from nvila.vision.precision import choose_precision
 from nvila.vision.service import VisionService
 from nvila.vision.settings import Settings
 
@@ -55,7 +55,7 @@ class TritonPythonModel:
             device, dtype = choose_device(settings, args)
             if settings.cpu_threads:
                 torch.set_num_threads(settings.cpu_threads)
-            ops = choose_precision(settings, checkpoint, device)
+            ops = choose_precision(settings.precision, checkpoint, device)
             encoder = VisionEncoder.from_checkpoint(checkpoint, device, dtype, ops)
         except NvilaError as error:
             raise pb_utils.TritonModelException(error.message) from error
@@ -129,22 +129,6 @@ def choose_device(settings: Settings, args: dict[str, str]) -> tuple[torch.devic
     dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
     automatic = torch.float16 if device.type == "cuda" else torch.float32
     return device, dtypes.get(settings.dtype, automatic)
-
-
-def choose_precision(settings: Settings, checkpoint: Checkpoint, device: torch.device) -> Int8Ops | None:
-    """What computes the tower's linears in 8 bits; None for a tower that is not stored so.
-
-    Raises `InvalidCheckpoint` or `InvalidRequest` where NVILA_VISION_PRECISION asks for what cannot be had.
-    """
-    must_win = settings.precision == "int8"
-    if checkpoint.has_int8_tower:
-        return choose_ops(device, checkpoint.config.tower, must_win=must_win)
-    if must_win:
-        raise InvalidCheckpoint(
-            f"NVILA_VISION_PRECISION is int8, and the tower of {checkpoint.name} was not calibrated for it: "
-            "make a checkpoint with `nvila quantize tower`"
-        )
-    return None
 
 
 def warm_up(encoder: VisionEncoder, config: NvilaConfig, limits: EngineLimits) -> None:
