@@ -32,7 +32,11 @@ ALLOWED = {
     "nvila.capacity.sizing": set(),
     "nvila.recordings.camera": set(),
     "nvila.recordings.ingest": {"PIL"},
+    "nvila.recordings.types": set(),
+    "nvila.recordings.jobs": set(),
+    "nvila.recordings.worker": set(),
     "nvila.gateway.pipeline": set(),
+    "nvila.recordings.app": {"tritonclient", "rich", "PIL"},
     "nvila.gateway.app": {"fastapi", "tritonclient", "rich"},  # httpx takes rich along where it is installed
 }
 
