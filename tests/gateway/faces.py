@@ -205,6 +205,7 @@ async def serving(
         segments=folder / "recordings",
         quota=Quota(recordings=8, live=4, queued_jobs=8),
     )
+    streams = Admission(permits=8, queue=0, wait_s=5)
     services = Services(
         keys=keys,
         front=front,
@@ -213,7 +214,7 @@ async def serving(
         uploads=Admission(permits=2, queue=2, wait_s=5),
         resumable=uploads,
         recordings=recordings,
-        streams=Admission(permits=8, queue=0, wait_s=5),
+        streams=streams,
         health=_Health(),
         metrics=metrics,
     )
@@ -223,7 +224,7 @@ async def serving(
         yield services
 
     app = http.create_app(keys, settings, open_services)
-    grpc_server = await grpc.serve(front, keys, "127.0.0.1:0", max_message_bytes=1 << 20)
+    grpc_server = await grpc.serve(front, recordings, streams, keys, "127.0.0.1:0", max_message_bytes=1 << 20)
     try:
         async with _listening(app) as url, httpx.AsyncClient(base_url=url, trust_env=False, verify=False) as client:
             target = f"127.0.0.1:{grpc_server.port}"

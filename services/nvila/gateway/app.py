@@ -181,8 +181,9 @@ async def _open(settings: GatewaySettings, keys: ApiKeys, opened: AsyncExitStack
     admission = Admission(permits=settings.max_concurrency, queue=settings.max_queue, wait_s=settings.queue_timeout_s)
     front = Front(pipeline=pipeline, admission=admission, files=files, limits=request_limits(settings), metrics=metrics)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
+    streams = Admission(permits=settings.max_streams, queue=0, wait_s=settings.queue_timeout_s)
     grpc_server = await grpc.serve(
-        front, keys, f"{host}:{settings.grpc_port}", max_message_bytes=settings.max_body_bytes
+        front, recordings, streams, keys, f"{host}:{settings.grpc_port}", max_message_bytes=settings.max_body_bytes
     )
     opened.push_async_callback(grpc_server.stop, settings.drain_s)
     opened.callback(admission.close)
@@ -201,7 +202,7 @@ async def _open(settings: GatewaySettings, keys: ApiKeys, opened: AsyncExitStack
         uploads=Admission(permits=settings.max_uploads, queue=settings.max_queue, wait_s=settings.queue_timeout_s),
         resumable=resumable,
         recordings=recordings,
-        streams=Admission(permits=settings.max_streams, queue=0, wait_s=settings.queue_timeout_s),
+        streams=streams,
         health=health,
         metrics=metrics,
     )

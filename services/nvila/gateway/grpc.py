@@ -1,11 +1,11 @@
-"""The gRPC face: `nvila.api.v1.ChatService`, with health and reflection. Protobuf objects stop here."""
+"""The gRPC face: the server with health and reflection, and `nvila.api.v1.ChatService`. Protobuf objects stop here."""
 
 from __future__ import annotations
 
 import base64
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import Awaitable, Callable
+from contextlib import aclosing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,27 +13,20 @@ import grpc
 import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from opentelemetry.trace import SpanKind
 
 from nvila.api.v1 import chat_pb2 as pb
 from nvila.api.v1.chat_pb2_grpc import ChatServiceServicer, add_ChatServiceServicer_to_server
-from nvila.errors import (
-    Cancelled,
-    Conflict,
-    DeadlineExceeded,
-    ForbiddenURL,
-    InvalidRequest,
-    NotFound,
-    NvilaError,
-    Overloaded,
-    Unauthenticated,
-    Unavailable,
-)
+from nvila.api.v1.recordings_pb2_grpc import add_RecordingServiceServicer_to_server
+from nvila.errors import InvalidRequest, Unauthenticated
+from nvila.gateway.admission import Admission
 from nvila.gateway.auth import ApiKeys
 from nvila.gateway.front import Front, answer_id, in_time
+from nvila.gateway.grpc_call import answering, header
+from nvila.gateway.grpc_recordings import SERVICE as RECORDING_SERVICE
+from nvila.gateway.grpc_recordings import RecordingService
+from nvila.gateway.recordings import Recordings
 from nvila.gateway.request import Asked, AskedMedia, AskedMessage
 from nvila.model.config import NvilaConfig
-from nvila.telemetry import tracing
 from nvila.types import (
     Answered,
     Coverage,
@@ -51,18 +44,6 @@ _log = logging.getLogger(__name__)
 SERVICE: str = pb.DESCRIPTOR.services_by_name["ChatService"].full_name
 _HEALTH_PREFIX = f"/{health.SERVICE_NAME}/"
 
-_STATUS: dict[type[NvilaError], grpc.StatusCode] = {
-    InvalidRequest: grpc.StatusCode.INVALID_ARGUMENT,
-    ForbiddenURL: grpc.StatusCode.PERMISSION_DENIED,
-    Unauthenticated: grpc.StatusCode.UNAUTHENTICATED,
-    NotFound: grpc.StatusCode.NOT_FOUND,
-    Conflict: grpc.StatusCode.FAILED_PRECONDITION,
-    Overloaded: grpc.StatusCode.RESOURCE_EXHAUSTED,
-    Unavailable: grpc.StatusCode.UNAVAILABLE,
-    DeadlineExceeded: grpc.StatusCode.DEADLINE_EXCEEDED,
-    Cancelled: grpc.StatusCode.CANCELLED,
-    NvilaError: grpc.StatusCode.INTERNAL,
-}
 _ROLES = {pb.ROLE_SYSTEM: Role.SYSTEM, pb.ROLE_USER: Role.USER, pb.ROLE_ASSISTANT: Role.ASSISTANT}
 _REASONS = {FinishReason.STOP: pb.FINISH_REASON_STOP, FinishReason.LENGTH: pb.FINISH_REASON_LENGTH}
 
@@ -76,9 +57,9 @@ class GrpcServer:
     health: health.aio.HealthServicer
 
     async def show_ready(self, is_ready: bool) -> None:
-        """What the standard health service answers, for the whole server and for ChatService."""
+        """What the standard health service answers, for the whole server and for each of our services."""
         status = health_pb2.HealthCheckResponse.SERVING if is_ready else health_pb2.HealthCheckResponse.NOT_SERVING
-        for service in ("", SERVICE):
+        for service in ("", SERVICE, RECORDING_SERVICE):
             await self.health.set(service, status)
 
     async def stop(self, drain_s: float) -> None:
@@ -86,7 +67,9 @@ class GrpcServer:
         await self.server.stop(drain_s)
 
 
-async def serve(front: Front, keys: ApiKeys, address: str, *, max_message_bytes: int) -> GrpcServer:
+async def serve(
+    front: Front, recordings: Recordings, streams: Admission, keys: ApiKeys, address: str, *, max_message_bytes: int
+) -> GrpcServer:
     """Listen on `address` (host:port; port 0 for a free one). Raises `OSError` when it cannot be had."""
     server = grpc.aio.server(
         interceptors=[_KeyNeeded(keys)],
@@ -97,9 +80,11 @@ async def serve(front: Front, keys: ApiKeys, address: str, *, max_message_bytes:
         ],
     )
     add_ChatServiceServicer_to_server(ChatService(front, keys), server)  # type: ignore[no-untyped-call]
+    add_RecordingServiceServicer_to_server(RecordingService(recordings, keys, streams), server)  # type: ignore[no-untyped-call]
     checks = health.aio.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    reflection.enable_server_reflection((SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    services = (SERVICE, RECORDING_SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
+    reflection.enable_server_reflection(services, server)
     try:
         port = server.add_insecure_port(address)
     except RuntimeError as error:
@@ -117,9 +102,9 @@ class ChatService(ChatServiceServicer):
 
     async def Chat(self, request: pb.ChatRequest, context: grpc.aio.ServicerContext) -> None:
         """Not a generator: a cancelled one would be closed only when it is collected."""
-        async with _answering(context, "Chat"), self._front.admitted("grpc"):
+        async with answering(context, SERVICE, "Chat"), self._front.admitted("grpc"):
             asked = to_asked(request, context.time_remaining(), self._front.limits.timeout_s)
-            question, card = await self._front.question(asked, self._keys.tenant(_header(context, "authorization")))
+            question, card = await self._front.question(asked, self._keys.tenant(header(context, "authorization")))
             started = pb.Started(id=answer_id(question), model=card.name)
             await context.write(pb.ChatResponse(started=started))
             async with (
@@ -135,7 +120,7 @@ class ChatService(ChatServiceServicer):
     async def ListModels(
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
-        async with _answering(context, "ListModels"):
+        async with answering(context, SERVICE, "ListModels"):
             card = await self._front.card()
             config = NvilaConfig.from_json(card.config_json)
             model = pb.Model(
@@ -145,26 +130,6 @@ class ChatService(ChatServiceServicer):
                 is_random=card.is_random,
             )
             return pb.ListModelsResponse(models=[model])
-
-
-@asynccontextmanager
-async def _answering(context: grpc.aio.ServicerContext, method: str) -> AsyncIterator[None]:
-    """The call's server span; and the one place where an error becomes a status.
-
-    Trailing metadata: `nvila-error` (the code of nvila.errors), `nvila-param`, `retry-after-s`.
-    """
-    with tracing.span(f"{SERVICE}/{method}", parent=_header(context, "traceparent"), kind=SpanKind.SERVER) as current:
-        try:
-            yield
-        except NvilaError as error:
-            tracing.mark_failed(current, error)
-            code = next(_STATUS[cls] for cls in type(error).__mro__ if cls in _STATUS)
-            about = [("nvila-error", error.code)]
-            if error.param and error.param.isascii():
-                about.append(("nvila-param", error.param))
-            if error.retry_after_s is not None:
-                about.append(("retry-after-s", f"{error.retry_after_s:g}"))
-            await context.abort(code, error.message, tuple(about))
 
 
 class _KeyNeeded(grpc.aio.ServerInterceptor):  # type: ignore[misc]
@@ -194,10 +159,6 @@ def _refusal(message: str) -> grpc.RpcMethodHandler:
         await context.abort(grpc.StatusCode.UNAUTHENTICATED, message, (("nvila-error", Unauthenticated.code),))
 
     return grpc.stream_stream_rpc_method_handler(refuse)
-
-
-def _header(context: grpc.aio.ServicerContext, name: str) -> str:
-    return next((value for key, value in context.invocation_metadata() or () if key == name), "")
 
 
 # -- from protobuf

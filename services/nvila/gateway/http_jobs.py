@@ -217,7 +217,7 @@ def _add_streams(app: FastAPI, settings: HttpSettings) -> None:
         return StreamingResponse(lines(), media_type="application/jsonl", headers={"Cache-Control": "no-store"})
 
 
-async def beating(events: AsyncGenerator[JobEvent, None], every_s: float) -> AsyncIterator[JobEvent | None]:
+async def beating(events: AsyncGenerator[JobEvent, None], every_s: float) -> AsyncGenerator[JobEvent | None, None]:
     """The events, and None whenever there was none for `every_s`. Ends after an hour: the client comes again."""
     give_up_at = time.monotonic() + _LONGEST_STREAM_S
     coming: asyncio.Future[JobEvent] | None = None

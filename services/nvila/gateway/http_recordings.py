@@ -13,7 +13,7 @@ from starlette.responses import Response
 from nvila.gateway import push
 from nvila.gateway.http_content import FileContent
 from nvila.gateway.http_services import Having, Tenant
-from nvila.gateway.recordings import NewRecording, Seen, static_of
+from nvila.gateway.recordings import NewRecording, Seen, progress_of, static_of
 from nvila.recordings.types import ChunkPolicy, RecordedChunk, Recording, RecordingState, SourceKind
 
 PATH = "/v1/recordings"
@@ -411,14 +411,6 @@ def _add_push(app: FastAPI) -> None:
             last_captured_at=done.last_captured_at,
             ended=end,
         )
-
-
-def progress_of(recording: Recording) -> float | None:
-    if recording.state is RecordingState.COMPLETE:
-        return 1.0
-    if recording.source.kind.is_live or not recording.duration_s:
-        return None
-    return min(1.0, recording.ingested_s / recording.duration_s)
 
 
 def media_type(path: Path) -> str:

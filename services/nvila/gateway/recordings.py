@@ -338,6 +338,15 @@ def static_of(chunk: RecordedChunk) -> list[Stretch]:
     ]
 
 
+def progress_of(recording: Recording) -> float | None:
+    """From 0 to 1; None while the length is not known."""
+    if recording.state is RecordingState.COMPLETE:
+        return 1.0
+    if recording.source.kind.is_live or not recording.duration_s:
+        return None
+    return min(1.0, recording.ingested_s / recording.duration_s)
+
+
 def shown_params(job: Job) -> dict[str, Any]:
     return {name: value for name, value in job.params.items() if name not in NEVER_SHOWN}
 

@@ -1,0 +1,192 @@
+"""Pushed video: cut into files that open on their own, kept through broken lines, held back when nobody takes it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import av
+import httpx
+import pytest
+
+from nvila.errors import Conflict, InvalidMedia, LimitExceeded, NvilaError, Overloaded, UnsupportedMedia
+from nvila.gateway import push
+from nvila.recordings.inbox import Inbox, Piece
+from tests.gateway.faces import BEARER, OTHER_KEY, Gateway, serving
+from tests.gateway.pushing import FPS, MP4, encoded, pictures
+
+ID = "rec_" + "0" * 32
+TS_TYPE, MP4_TYPE, JPEG_TYPE = push.CUTTERS
+
+
+def _cut(folder: Path, content_type: str, data: bytes, captured_at: float | None, step: int = 777) -> list[Piece]:
+    inbox = Inbox(folder)
+    with inbox.writing(ID) as writer:
+        cutter = push.cutter(content_type, writer, captured_at)
+        for at in range(0, len(data), step):
+            cutter.feed(data[at : at + step])
+        cutter.finish()
+    return inbox.pieces(ID)
+
+
+def _frames(piece: Piece) -> list[av.VideoFrame]:
+    with av.open(str(piece.path)) as container:
+        return list(container.decode(video=0))
+
+
+@pytest.mark.parametrize(("content_type", "container", "options"), [(TS_TYPE, "mpegts", {}), (MP4_TYPE, "mp4", MP4)])
+@pytest.mark.parametrize("step", [100, 777, 1 << 20])
+def test_pieces_open_on_their_own_and_lose_no_frame(
+    tmp_path: Path, content_type: str, container: str, options: dict[str, str], step: int
+) -> None:
+    pieces = _cut(tmp_path, content_type, encoded(container, options=options), 1000.0, step)
+    assert [piece.number for piece in pieces] == [0, 1, 2]
+    assert [piece.captured_at for piece in pieces] == pytest.approx([1000, 1002, 1004], abs=0.01)
+    for piece in pieces:
+        frames = _frames(piece)
+        assert len(frames) == 2 * FPS
+        assert frames[0].key_frame
+
+
+def test_pictures_keep_their_capture_times(tmp_path: Path) -> None:
+    times = [5000.0, 5000.7, 5001.4, 5002.1, 5009.25]
+    pieces = _cut(tmp_path, JPEG_TYPE, pictures(times), None)
+    found = [piece.captured_at + float(frame.time or 0) for piece in pieces for frame in _frames(piece)]
+    assert found == pytest.approx(times, abs=0.001)
+
+
+def test_a_picture_of_another_size_begins_another_file(tmp_path: Path) -> None:
+    data = pictures([1.0, 1.1]) + pictures([1.2], size=(32, 32))
+    pieces = _cut(tmp_path, JPEG_TYPE, data, None)
+    assert [_frames(piece)[0].width for piece in pieces] == [64, 32]
+
+
+@pytest.mark.parametrize(
+    ("content_type", "data", "error"),
+    [
+        (TS_TYPE, b"<html>" * 100, InvalidMedia),
+        (MP4_TYPE, b"\0\0\0\1junkjunkjunk", LimitExceeded),
+        (MP4_TYPE, b"\0\0\0\4junk", InvalidMedia),
+        (MP4_TYPE, b"\xff\xff\xff\xffmdat", LimitExceeded),
+        (MP4_TYPE, b"\0\0\0\x08moof", InvalidMedia),
+        (MP4_TYPE, b"\0\0\0\x08moov\0\0\0\x08mdat", InvalidMedia),
+        (JPEG_TYPE, b"\x7f\xf8" + bytes(6) + b"\0\0\0\1x", InvalidMedia),
+        (JPEG_TYPE, b"\x40" + bytes(7) + b"\xff\xff\xff\xff", LimitExceeded),
+        (JPEG_TYPE, b"\x40" + bytes(7) + b"\0\0\0\4\xff\xd8\xff\xe0", InvalidMedia),
+        (JPEG_TYPE, pictures([2.0]) + pictures([1.0]), InvalidMedia),
+        ("video/webm", b"", UnsupportedMedia),
+        ("", b"", UnsupportedMedia),
+    ],
+)
+def test_what_is_not_what_it_says_is_refused(
+    tmp_path: Path, content_type: str, data: bytes, error: type[NvilaError]
+) -> None:
+    with pytest.raises(error):
+        _cut(tmp_path, content_type, data, None)
+
+
+async def test_a_client_that_is_faster_than_the_worker_is_held_back_and_then_told(tmp_path: Path) -> None:
+    inbox = Inbox(tmp_path, most_bytes=100)
+    with inbox.writing(ID) as writer:
+        for _ in range(2):
+            path = writer.new_path()
+            path.write_bytes(bytes(80))
+            writer.add(path, "ts", 1.0)
+        with pytest.raises(Overloaded, match="160 bytes"):
+            await inbox.wait_for_room(ID, 0.3)
+        waiting = asyncio.create_task(inbox.wait_for_room(ID, 10))
+        await asyncio.sleep(0)
+        inbox.take(inbox.pieces(ID)[0])
+        await waiting
+        path = writer.new_path()
+        path.write_bytes(b"x")
+        writer.add(path, "ts", 2.0)
+    assert [piece.number for piece in inbox.pieces(ID)] == [1, 2]
+
+
+def test_numbers_go_on_where_another_writer_stopped_even_when_all_is_taken(tmp_path: Path) -> None:
+    inbox = Inbox(tmp_path)
+    for number in range(3):
+        with inbox.writing(ID) as writer:
+            path = writer.new_path()
+            path.write_bytes(b"x")
+            writer.add(path, "ts", 1.0)
+        (piece,) = inbox.pieces(ID)
+        assert piece.number == number
+        inbox.take(piece)
+
+
+def test_only_one_writes_and_nobody_after_the_end(tmp_path: Path) -> None:
+    inbox = Inbox(tmp_path)
+    with inbox.writing(ID) as writer:
+        with pytest.raises(Conflict, match="another client"), Inbox(tmp_path).writing(ID):
+            pass
+        writer.end()
+    assert inbox.is_ended(ID)
+    with pytest.raises(Conflict, match="ended"), inbox.writing(ID):
+        pass
+    inbox.remove(ID)
+    assert not inbox.is_ended(ID)
+
+
+# -- over HTTP
+
+
+async def _recording(gateway: Gateway, kind: str = "push") -> str:
+    source = {"type": kind, **({} if kind == "push" else {"url": "rtsp://camera.example/1"})}
+    made = await gateway.client.post("/v1/recordings", json={"source": source}, headers=BEARER)
+    return str(made.json()["id"])
+
+
+async def _push(gateway: Gateway, recording_id: str, content: Any, key: str = "", **query: Any) -> httpx.Response:
+    headers = {**BEARER, "Content-Type": TS_TYPE, **({"Authorization": f"Bearer {key}"} if key else {})}
+    url = f"/v1/recordings/{recording_id}/frames"
+    return await gateway.client.post(url, content=content, headers=headers, params=query)
+
+
+async def test_a_body_without_end_is_cut_while_it_comes_and_kept_when_the_line_breaks(tmp_path: Path) -> None:
+    data = encoded("mpegts")
+    inbox = Inbox(tmp_path / "recordings")
+
+    async def live() -> AsyncIterator[bytes]:
+        yield data[: len(data) * 5 // 6]
+        await asyncio.sleep(60)
+
+    async with serving(tmp_path) as gateway:
+        recording_id = await _recording(gateway)
+        sending = asyncio.create_task(_push(gateway, recording_id, live()))
+        async with asyncio.timeout(10):
+            while len(inbox.pieces(recording_id)) < 2:
+                await asyncio.sleep(0.01)
+        busy = await _push(gateway, recording_id, data)
+        assert busy.status_code == 409
+        sending.cancel()
+        async with asyncio.timeout(10):
+            while len(inbox.pieces(recording_id)) < 3:
+                await asyncio.sleep(0.01)
+            while (again := await _push(gateway, recording_id, data, captured_at=7, end=True)).status_code == 409:
+                await asyncio.sleep(0.01)
+        assert again.json() == {
+            "id": recording_id,
+            "object": "recording.pushed",
+            "bytes": len(data),
+            "pieces": 3,
+            "last_captured_at": pytest.approx(11, abs=0.01),
+            "ended": True,
+        }
+        over = await _push(gateway, recording_id, data)
+        assert (over.status_code, over.json()["error"]["code"]) == (409, "conflict")
+    assert inbox.is_ended(recording_id)
+    assert all(_frames(piece) for piece in inbox.pieces(recording_id))
+
+
+async def test_frames_go_only_to_ones_own_recording_that_takes_them(tmp_path: Path) -> None:
+    async with serving(tmp_path) as gateway:
+        mine, camera = await _recording(gateway), await _recording(gateway, "rtsp")
+        assert (await _push(gateway, mine, b"", key=OTHER_KEY)).status_code == 404
+        assert (await _push(gateway, camera, b"")).status_code == 409
+        assert (await _push(gateway, "rec_..%2f..", b"")).status_code == 404
+        wrong = await _push(gateway, mine, b"<html>" * 100)
+        assert (wrong.status_code, wrong.json()["error"]["code"]) == (422, "invalid_media")
