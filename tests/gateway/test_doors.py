@@ -58,8 +58,17 @@ async def test_every_route_but_health_needs_a_valid_key(tmp_path: Path, authoriz
             ("GET", "/Health"),
             ("GET", "//health"),
             ("OPTIONS", "/v1/models"),
+            ("POST", "/v1/recordings"),
+            ("POST", "/v1/recordings/rec_0/frames"),
+            ("GET", "/v1/recordings/rec_0/media?signature=0&tenant=acme&expires=99999999999"),
+            ("POST", "/v1/jobs"),
+            ("GET", "/v1/jobs/job_0/events"),
+            ("OPTIONS", "/v1/uploads"),
+            ("POST", "/"),
+            ("GET", "/console"),
+            ("GET", "//console/app.js"),
         ]:
-            response = await gateway.client.request(method, path, headers=headers)
+            response = await gateway.client.request(method, f"{gateway.url}{path}", headers=headers)
             assert (response.status_code, path) == (401, path)
             assert response.headers["www-authenticate"].startswith("Bearer")
             assert response.json()["error"]["code"] == "unauthenticated"
