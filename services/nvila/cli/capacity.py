@@ -11,11 +11,12 @@ import numpy as np
 import yaml
 from rich.table import Table
 
-from nvila.capacity import load, rules, sizing
+from nvila.capacity import load, recordings, rules, sizing
 from nvila.capacity.hardware import GPUS, Gpu
 from nvila.capacity.load import EXAMPLES, MIXES, Mix
 from nvila.capacity.models import PUBLISHED
 from nvila.capacity.plot import draw
+from nvila.capacity.recordings import DAY_S, KEPT, CameraCost, Sampling
 from nvila.capacity.simulate import Plan, PoolRecord, Record, simulate
 from nvila.capacity.sizing import Assumptions, Cost, Size
 from nvila.cli import show
@@ -24,10 +25,18 @@ from nvila.model.config import NvilaConfig
 
 LADDER = (1, 2, 8, 32, 128, 512, 2048)
 """GPUs of the table's rows when no number is given: one machine to thousands."""
+RATES_FPS = (0.25, 0.5, 1.0, 2.0, 4.0)
+STILL = (0.0, 0.8)
+"""Sampling rates and shares of time without change of the recordings' table when none is given."""
 
 
 def run(args: argparse.Namespace) -> int:
-    actions: dict[str, Callable[[argparse.Namespace], None]] = {"size": _size, "simulate": _simulate, "gpus": _gpus}
+    actions: dict[str, Callable[[argparse.Namespace], None]] = {
+        "size": _size,
+        "recordings": _recordings,
+        "simulate": _simulate,
+        "gpus": _gpus,
+    }
     actions[args.action](args)
     return 0
 
@@ -121,6 +130,85 @@ def _cost_text(each: Cost) -> str:
 def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
     lines = ["| " + " | ".join(columns) + " |", "|" + "---:|" * len(columns)]
     return lines + ["| " + " | ".join(row) + " |" for row in rows]
+
+
+# -- recordings ------------------------------------------------------------------------------------------------------
+
+
+def _recordings(args: argparse.Namespace) -> None:
+    config, vision = _model(args.model), _gpu(args.gpu)
+    rates = sizing.rates_for(config, MIXES["camera"], vision, vision, tiles_per_s=args.tiles_per_s)
+    found = []
+    for still in args.still or STILL:
+        for fps in args.fps or RATES_FPS:
+            sampling = Sampling(fps=fps, chunk_s=args.chunk_s, floor_s=args.floor_s, still=still)
+            costs = [
+                recordings.camera_cost(config, sampling, dtype, footage_bits_per_s=args.footage_mbit * 1e6)
+                for dtype in KEPT
+            ]
+            found.append((sampling, costs, recordings.cameras_per_gpu(costs[0], rates, args.load)))
+    if args.json:
+        show.print_json(
+            [
+                {
+                    "model": config.name,
+                    "gpu": vision.name,
+                    "sampling": asdict(sampling),
+                    "cameras_per_gpu": cameras,
+                    "camera": {dtype.value: _camera(each) for dtype, each in zip(KEPT, costs, strict=True)},
+                }
+                for sampling, costs, cameras in found
+            ]
+        )
+        return
+    heading = f"{config.name}, recorded cameras, {vision.name}"
+    note = (
+        f"one group of {config.temporal_group} frames: {_bytes(found[0][1][0].record_bytes)} in bfloat16, "
+        f"{_bytes(found[0][1][1].record_bytes)} in int8; footage {_bytes(found[0][1][0].footage_bytes_per_s * DAY_S)} "
+        f"a camera-day; {args.load:.0%} of {rates.tiles_per_s:,.0f} tiles/s"
+    )
+    rows = [_camera_row(*one) for one in found]
+    if args.markdown:
+        print(f"**{heading}** · {note}\n")
+        print("\n".join(markdown(_CAMERA_COLUMNS, rows)))
+    else:
+        _print_table(heading, note, _CAMERA_COLUMNS, rows)
+
+
+_CAMERA_COLUMNS = (
+    "frames/s",
+    "still",
+    "streams per GPU",
+    "bf16 a day",
+    "int8 a day",
+    "Redis, bf16",
+    "Redis, int8",
+    "store, bf16",
+    "store, int8",
+    "puts",
+)
+
+
+def _camera_row(sampling: Sampling, costs: Sequence[CameraCost], cameras: int) -> tuple[str, ...]:
+    return (
+        f"{sampling.fps:g}",
+        f"{sampling.still:.0%}",
+        f"{cameras:,}",
+        *(_bytes(each.token_bytes_per_s * DAY_S) for each in costs),
+        *(_bytes(cameras * each.token_bytes_per_s) + "/s" for each in costs),
+        *(_bytes(cameras * each.store_bytes_per_s) + "/s" for each in costs),
+        f"{_amount(cameras * costs[0].groups_per_s)}/s",
+    )
+
+
+def _camera(each: CameraCost) -> dict[str, float]:
+    return asdict(each) | {
+        "token_bytes_per_day": each.token_bytes_per_s * DAY_S,
+        "footage_bytes_per_day": each.footage_bytes_per_s * DAY_S,
+        "vector_bytes_per_day": each.vector_bytes_per_s * DAY_S,
+        "redis_bytes_per_s": each.token_bytes_per_s,
+        "store_bytes_per_s": each.store_bytes_per_s,
+    }
 
 
 # -- gpus -------------------------------------------------------------------------------------------------------------

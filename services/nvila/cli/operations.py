@@ -20,6 +20,26 @@ def capacity(verb: argparse.ArgumentParser) -> None:
     )
     size.add_argument("--redis-memory", type=float, default=64, metavar="GB", help="of one Redis server (%(default)s)")
     size.add_argument("--markdown", action="store_true", help="print Markdown tables")
+    recorded = actions.add_parser("recordings", help="recorded cameras: streams per GPU, what is kept, the traffic")
+    recorded.add_argument("--model", metavar="NAME", help="a published model (default: NVILA-8B-Video)")
+    recorded.add_argument("--gpu", default="h100", metavar="NAME", help="of the vision pool (%(default)s)")
+    recorded.add_argument("--tiles-per-s", type=float, metavar="X", help="measured: tower tiles per second of a pod")
+    recorded.add_argument(
+        "--load", type=float, default=0.7, metavar="X", help="share of the throughput to plan with (%(default)s)"
+    )
+    recorded.add_argument("--fps", type=float, nargs="+", metavar="X", help="sampled frames per second (default: five)")
+    recorded.add_argument(
+        "--still", type=float, nargs="+", metavar="X", help="share of time in which nothing changes (default: 0, 0.8)"
+    )
+    recorded.add_argument("--chunk-s", type=float, default=32, metavar="S", help="length of a chunk (%(default)s)")
+    recorded.add_argument(
+        "--floor-s", type=float, default=60, metavar="S", help="a still scene is encoded again after (%(default)s)"
+    )
+    recorded.add_argument(
+        "--footage-mbit", type=float, default=4, metavar="X", help="of a camera, Mbit/s (%(default)s)"
+    )
+    recorded.add_argument("--markdown", action="store_true", help="print a Markdown table")
+    recorded.add_argument("--json", action="store_true", help="print JSON, for programs")
     simulate = actions.add_parser("simulate", help="replay a load against both pools and their autoscalers")
     _common(simulate)
     simulate.add_argument("trace", nargs="?", type=Path, metavar="TRACE", help="JSON, JSON lines or CSV: time, kind, …")
