@@ -130,6 +130,21 @@ async def test_a_timeline_is_followed_and_exported(tmp_path: Path, capsys: pytes
         assert "no finished job" in await cli("recordings", "export", recording_id, "--kind", "watch", status=5)
 
 
+async def test_a_standing_questions_alerts_are_printed_as_they_come(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with _cli(tmp_path, capsys) as cli:
+        recording_id = await _pushed(cli)
+        watching = asyncio.create_task(cli("recordings", "watch", recording_id, "Is the gate open?"))
+        claim = await cli.claim(JobKind.WATCH)
+        for number, is_so in enumerate((False, True)):
+            seen = {"chunk": number, "start_s": 8 * number, "end_s": 8 * number + 8, "is_so": is_so}
+            await claim.event("verdict", seen | {"answer": "yes" if is_so else "no"})
+        await claim.event("alert", {"id": "job.1", "start_s": 8, "end_s": 16, "answer": "Yes, wide."})
+        await claim.finish({"chunks": 2, "alerts": 1})
+        assert (await watching).strip() == "0:08–0:16  Yes, wide."
+
+
 async def test_jobs_are_listed_cancelled_retried_and_fail_with_their_own_status(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

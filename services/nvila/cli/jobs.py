@@ -9,6 +9,8 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich.console import Group
+from rich.live import Live
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
@@ -37,17 +39,21 @@ def run(args: argparse.Namespace) -> int:
 
 
 def follow(gateway: RecordingClient, job_id: str, *, as_json: bool) -> int:
-    """Show what a job says until it is over, then its result. As JSON: each event a line, then the job.
+    """Show how far a job is until it is over, then its result; alerts, which no result repeats, as they come.
+
+    As JSON: each event a line, then the job.
 
     Raises the error that the job failed with, or `Cancelled`."""
-    with _bar("working") as progress:
+    with _bar("working") as (progress, found):
         for kind, data in gateway.follow(job_id):
             if as_json:
                 _print_line({"event": kind, **data})
             elif kind == "progress":
                 progress(data)
+            elif kind == "alert":
+                print(finding(data), flush=True)
             elif line := finding(data):
-                show.console.print(line)
+                found(line)
     job = gateway.get(f"/v1/jobs/{job_id}")
     if as_json:
         _print_line(job)
@@ -63,17 +69,10 @@ def follow(gateway: RecordingClient, job_id: str, *, as_json: bool) -> int:
 
 def finding(data: Record) -> str:
     """What was found between two times, in one line; empty when it is nothing of the kind."""
-    said = data.get("text") or data.get("label") or ""
+    said = data.get("text") or data.get("label") or data.get("answer") or ""
     if "start_s" not in data or not said:
         return ""
-    return f"{clock(data['start_s'])}–{clock(data['end_s'])}  {said}"
-
-
-def clock(at_s: float) -> str:
-    """1:04:16, or 4:16."""
-    minutes, seconds = divmod(int(at_s), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
+    return f"{show.clock(data['start_s'])}–{show.clock(data['end_s'])}  {said}"
 
 
 def _print_result(result: Record) -> None:
@@ -82,11 +81,13 @@ def _print_result(result: Record) -> None:
     found = result.get("events", result.get("intervals"))
     for one in found or ():
         label = one.get("label", "")
-        print(f"{clock(one['start_s'])}–{clock(one['end_s'])}{f'  {label}' if label else ''}")
+        print(f"{show.clock(one['start_s'])}–{show.clock(one['end_s'])}{f'  {label}' if label else ''}")
     if found == []:
         print("nothing was found in this window", file=sys.stderr)
     for gap in result.get("gaps", []):
-        show.console.print(Text(f"gap {clock(gap['start_s'])}–{clock(gap['end_s'])}: {gap['reason']}", style="yellow"))
+        show.console.print(
+            Text(f"gap {show.clock(gap['start_s'])}–{show.clock(gap['end_s'])}: {gap['reason']}", style="yellow")
+        )
 
 
 def print_job(job: Record, *, as_json: bool) -> None:
@@ -130,13 +131,16 @@ def _print_line(record: Record) -> None:
 
 
 @contextmanager
-def _bar(what: str) -> Iterator[Callable[[Record], None]]:
-    """A progress bar on a terminal, nothing elsewhere; gives a function that takes a job's progress."""
+def _bar(what: str) -> Iterator[tuple[Callable[[Record], None], Callable[[str], None]]]:
+    """A progress bar on a terminal, nothing elsewhere; gives what takes a job's progress, and what was found last."""
     if not show.console.is_terminal:
-        yield lambda _: None
+        yield lambda _: None, lambda _: None
         return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[part]}"))
-    with Progress(*columns, TimeElapsedColumn(), console=show.console, transient=True) as progress:
+    latest = Text("", style="dim", no_wrap=True, overflow="ellipsis")
+    with Live(Group(), console=show.console, transient=True) as live:
+        progress = Progress(*columns, TimeElapsedColumn(), console=show.console)
+        live.update(Group(progress, latest))
         task = progress.add_task(what, total=None, part="")
 
         def told(data: Record) -> None:
@@ -144,4 +148,7 @@ def _bar(what: str) -> Iterator[Callable[[Record], None]]:
             if done is not None and total:
                 progress.update(task, completed=done, total=total, part=f"{done} of {total}")
 
-        yield told
+        def found(line: str) -> None:
+            latest.plain = line.replace("\n", " ")
+
+        yield told, found

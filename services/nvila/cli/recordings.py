@@ -114,8 +114,8 @@ def _show(gateway: RecordingClient, args: argparse.Namespace) -> None:
         show.print_json({**recording, "coverage": coverage})
         return
     print(f"{recording['id']}  {recording['name']}")
-    reached = jobs.clock(recording["ingested_s"])
-    whole = f" of {jobs.clock(recording['duration_s'])}" if recording["duration_s"] else ""
+    reached = show.clock(recording["ingested_s"])
+    whole = f" of {show.clock(recording['duration_s'])}" if recording["duration_s"] else ""
     print(f"{recording['state']}  {reached}{whole} can be asked about")
     if recording["source"]["url"]:
         print(f"from  {recording['source']['url']}")
@@ -125,7 +125,7 @@ def _show(gateway: RecordingClient, args: argparse.Namespace) -> None:
         if value:
             print(f"{name.replace('_', ' ')}  {value:,}")
     for gap in coverage["gaps"]:
-        print(f"gap  {jobs.clock(gap['start_s'])}–{jobs.clock(gap['end_s'])}  {gap['reason']}")
+        print(f"gap  {show.clock(gap['start_s'])}–{show.clock(gap['end_s'])}  {gap['reason']}")
 
 
 def _until_over(gateway: RecordingClient, recording_id: str, *, is_quiet: bool) -> Record:
@@ -138,7 +138,7 @@ def _until_over(gateway: RecordingClient, recording_id: str, *, is_quiet: bool) 
             recording = gateway.get(f"/v1/recordings/{recording_id}")
             if recording["progress"] is not None:
                 progress.update(task, total=1.0, completed=recording["progress"])
-            reached = jobs.clock(recording["ingested_s"])
+            reached = show.clock(recording["ingested_s"])
             progress.update(task, description=recording["state"], reached=reached)
             if recording["state"] == "failed":
                 error = recording["error"] or {}
@@ -156,7 +156,7 @@ def _print_list(found: list[Record], as_json: bool) -> None:
     for title in ("recording", "state", "length", "from", "age", "name"):
         table.add_column(title, no_wrap=title != "name", justify="right" if title == "length" else "left")
     for one in found:
-        length = jobs.clock(one["duration_s"] or one["ingested_s"])
+        length = show.clock(one["duration_s"] or one["ingested_s"])
         progress = f" {one['progress']:.0%}" if one["state"] == "ingesting" and one["progress"] is not None else ""
         state = Text(one["state"] + progress, style=_STYLES.get(one["state"], "dim"))
         table.add_row(one["id"], state, length, one["source"]["type"], jobs.age(one["created_at"]), Text(one["name"]))

@@ -205,7 +205,8 @@ def phase_text(phase: Phase | PartPhase | str) -> Text:
 
 def coverage(report: dict[str, Any]) -> RenderableType:
     """What an answer stands on, as a small table: `report` is the API's coverage object."""
-    table = Table(box=None, padding=(0, 2, 0, 0), header_style="dim", pad_edge=False)
+    is_wide = any(media.get("recording") for media in report.get("media", []))  # times with hours, in 80 columns
+    table = Table(box=None, padding=(0, 1 if is_wide else 2, 0, 0), header_style="dim", pad_edge=False)
     for title in ("media", "frames", "decoded", "encoded", "cached", "dropped", "chunks", "tokens", "seconds"):
         table.add_column(title, justify="left" if title == "media" else "right", no_wrap=True)
     for media in report.get("media", []):
@@ -220,14 +221,27 @@ def coverage(report: dict[str, Any]) -> RenderableType:
             Text(str(media["frames_dropped"]), style="yellow" if media["frames_dropped"] else ""),
             str(media["chunks"]),
             f"{media['tokens']:,}",
-            f"{media['start_s']:.1f}–{media['end_s']:.1f}" if is_video else "",
+            _span(media, is_long=bool(media.get("recording"))).removesuffix(" s") if is_video else "",
         )
     gaps = [
-        Text(f"gap {gap['start_s']:.1f}–{gap['end_s']:.1f} s: {gap['reason']}", style="yellow")
+        Text(f"gap {_span(gap, is_long=bool(media.get('recording')))}: {gap['reason']}", style="yellow")
         for media in report.get("media", [])
         for gap in media.get("gaps", [])
     ]
     return Group(table, *gaps)
+
+
+def _span(of: dict[str, Any], *, is_long: bool) -> str:
+    """From when to when: in seconds of a clip, on the clock of a recording, to which a user goes by hand."""
+    start_s, end_s = of["start_s"], of["end_s"]
+    return f"{clock(start_s)}–{clock(end_s)}" if is_long else f"{start_s:.1f}–{end_s:.1f} s"
+
+
+def clock(at_s: float) -> str:
+    """1:04:16, or 4:16."""
+    minutes, seconds = divmod(int(at_s), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def stages(stage_ms: dict[str, float]) -> RenderableType:
