@@ -139,6 +139,14 @@ def test_what_is_missing_is_told_once_and_in_order() -> None:
     assert opened.planned.plan.seconds_per_frame == pytest.approx((57 - 1 - 8 - 16 - 4) / 40)
 
 
+def test_what_is_missing_across_the_border_of_chunks_is_one_gap() -> None:
+    chunks = [
+        chunk_of("rec", 0, keys=[0, None]),
+        chunk_of("rec", 1, keys=[None, 3], gaps=[Gap(start_s=24, end_s=25, reason=UNDECODABLE)]),
+    ]
+    assert lay(chunks, 0.0, 32.0).gaps == (Gap(start_s=8, end_s=25, reason=UNDECODABLE),)
+
+
 def test_overlapping_chunks_show_each_moment_once() -> None:
     first = chunk_of("rec", 0)
     second = replace(first, number=1, start_s=8.0, end_s=24.0, groups=(first.groups[1], chunk_of("rec", 1).groups[0]))

@@ -12,7 +12,7 @@ import math
 import uuid
 from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, aclosing
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol, TypeVar
 
 from blake3 import blake3
@@ -22,7 +22,7 @@ from nvila.model.config import NvilaConfig
 from nvila.model.estimate import text_at_most
 from nvila.recordings.planner import Budget
 from nvila.recordings.types import Job, JobKind, RecordedChunk
-from nvila.recordings.window import OpenWindow, Shelf
+from nvila.recordings.window import OpenWindow, Shelf, joined_gaps
 from nvila.types import (
     Answered,
     AnswerEvent,
@@ -296,7 +296,7 @@ class Asked:
         }
 
     def gaps(self) -> list[dict[str, Any]]:
-        return [gap for piece in self.pieces for gap in piece.told()["gaps"]]
+        return [asdict(gap) for gap in joined_gaps(gap for piece in self.pieces for gap in piece.gaps)]
 
     def captured(self, at_s: float) -> float | None:
         return None if self.captured_at is None else self.captured_at + at_s

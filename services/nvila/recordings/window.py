@@ -362,7 +362,9 @@ def _gaps(
     if chunks and chunks[-1].end_s < end_s and recording.state in _GROWING:
         found.append(Gap(start_s=chunks[-1].end_s, end_s=end_s, reason=NOT_YET))
     clipped = (Gap(start_s=max(gap.start_s, start_s), end_s=min(gap.end_s, end_s), reason=gap.reason) for gap in found)
-    return tuple(_without_overlap(sorted((gap for gap in clipped if gap.start_s < gap.end_s), key=_in_time)))
+    return tuple(
+        joined_gaps(_without_overlap(sorted((gap for gap in clipped if gap.start_s < gap.end_s), key=_in_time)))
+    )
 
 
 def _between(chunks: Sequence[RecordedChunk]) -> Iterator[Gap]:
@@ -384,6 +386,17 @@ def _without_overlap(gaps: Iterable[Gap]) -> Iterator[Gap]:
         if gap.end_s > reach_s:
             yield replace(gap, start_s=max(gap.start_s, reach_s))
             reach_s = gap.end_s
+
+
+def joined_gaps(gaps: Iterable[Gap]) -> list[Gap]:
+    """Neighbours that say the same are one, wherever a group or a chunk ended."""
+    found: list[Gap] = []
+    for gap in gaps:
+        if found and found[-1].reason == gap.reason and gap.start_s <= found[-1].end_s + 1e-6:
+            found[-1] = replace(found[-1], end_s=gap.end_s)
+        else:
+            found.append(gap)
+    return found
 
 
 def _ref_of(group: Group) -> TokensRef:
