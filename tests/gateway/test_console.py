@@ -20,6 +20,7 @@ import av
 import pytest
 from PIL import Image
 
+from nvila.errors import LimitExceeded
 from nvila.recordings.jobs import JobStore
 from nvila.recordings.types import Counters, Group, JobKind, RecordedChunk, RecordingState
 from nvila.types import Answered, Gap, Level, RecordingCoverage, TokensRef, WindowMode, WindowPlan
@@ -65,9 +66,14 @@ def long_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @asynccontextmanager
-async def _console(folder: Path, browser: Browser, script: Any = None) -> AsyncIterator[tuple[Gateway, Page]]:
+async def _console(
+    folder: Path, browser: Browser, script: Any = None, *, is_recording: bool = True
+) -> AsyncIterator[tuple[Gateway, Page]]:
     pipeline = ScriptedPipeline(script or ScriptedPipeline().script)
-    async with serving(folder, pipeline, media_bytes=64 << 20) as gateway, browser.page() as page:
+    async with (
+        serving(folder, pipeline, media_bytes=64 << 20, is_recording=is_recording) as gateway,
+        browser.page() as page,
+    ):
         yield gateway, page
 
 
@@ -296,6 +302,27 @@ async def test_a_question_that_fails_says_why_in_its_place(tmp_path: Path, brows
         assert await page.run("document.querySelector('.send').disabled") is False
 
 
+async def test_a_question_too_long_for_one_request_is_asked_as_a_job(tmp_path: Path, browser: Browser) -> None:
+    async with _console(tmp_path, browser, [LimitExceeded("parts: 29 needed, at most 16 allowed")]) as (gateway, page):
+        recording_id = await _recorded(gateway, None)
+        await _sign_in(gateway, page, f"#/{recording_id}")
+        await page.until("document.querySelector('#question')")
+        await page.click("#question")
+        await page.write("What happens?")
+        await page.press("Enter", 13, text="\r")
+        claim = None
+        async with asyncio.timeout(10):
+            while claim is None:
+                claim = await JobStore(gateway.database).claim("worker", (JobKind.ASK,), 30)
+                await asyncio.sleep(0.02)
+        assert claim.job.params["question"] == "What happens?"
+        await claim.progress({"done": 3, "total": 29})
+        await page.until("document.querySelector('.estimate').innerText === '3 of 29'")
+        await claim.finish({"text": "A cyclist passes.", "gaps": []})
+        await page.until("document.querySelector('.turn:last-child .text').innerText === 'A cyclist passes.'")
+        assert await page.run("document.querySelector('.estimate').innerText") == ""
+
+
 async def test_a_timeline_is_made_as_a_job_and_its_events_come_onto_the_track(
     tmp_path: Path, browser: Browser, long_clip: Path
 ) -> None:
@@ -447,3 +474,14 @@ async def test_a_signed_link_reads_one_recordings_video_and_nothing_else(tmp_pat
         ):
             assert (await gateway.client.get(path)).status_code == 401
         assert (await gateway.client.delete(link)).status_code == 401
+
+
+async def test_where_no_recordings_are_kept_it_says_so_and_takes_none(tmp_path: Path, browser: Browser) -> None:
+    async with _console(tmp_path, browser, is_recording=False) as (gateway, page):
+        await _sign_in(gateway, page)
+        await page.until("!document.querySelector('#list-empty').hidden")
+        said = await page.run("document.querySelector('#list-empty').textContent")
+        assert said == "Recordings are not enabled on this gateway."
+        assert await page.run("document.querySelector('#add').disabled")
+        assert await page.run("document.querySelector('#trouble').hidden")
+        assert "keeps no recordings" in await page.run("document.querySelector('#main').textContent")

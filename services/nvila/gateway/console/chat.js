@@ -76,7 +76,7 @@ export class Chat {
     this.$(".stop").hidden = false;
     this.$(".send").disabled = true;
     try {
-      await (kind === "chat" ? this.chat(asked, window, answer) : this.job(kind, text, window, answer));
+      await (kind === "chat" ? this.chatOrJob(asked, window, answer) : this.job(kind, text, window, answer));
     } catch (error) {
       if (error.name === "AbortError") answer.note("Stopped.");
       else {
@@ -87,6 +87,7 @@ export class Chat {
       answer.box.classList.remove("working");
       this.asking = null;
       this.$(".stop").hidden = true;
+      this.$(".estimate").textContent = "";
       this.$(".send").disabled = false;
       this.bottom();
     }
@@ -99,6 +100,16 @@ export class Chat {
   }
 
   // -- a chat
+
+  // What is too long for one request is asked as a job, which has the time for it.
+  async chatOrJob(text, window, answer) {
+    try {
+      await this.chat(text, window, answer);
+    } catch (error) {
+      if (error.code !== "limit_exceeded") throw error;
+      await this.job("ask", text, window, answer);
+    }
+  }
 
   async chat(text, window, answer) {
     const part = { type: "recording", recording: { id: this.recording().id, ...window } };
@@ -152,7 +163,10 @@ export class Chat {
 
   heard({ kind, data }, answer, parts) {
     const words = data.text ?? data.label;
-    if (kind === "progress") answer.who.textContent = `nvila · ${progressText(data)}`;
+    if (kind === "progress") {
+      answer.who.textContent = `nvila · ${progressText(data)}`;
+      this.$(".estimate").textContent = progressText(data);
+    }
     else if (["chunk", "part", "section", "interval", "event"].includes(kind) && data.start_s !== undefined && (words || kind === "interval")) {
       const line = document.createElement("li");
       const span = document.createElement("span");
@@ -177,6 +191,7 @@ export class Chat {
     const result = job.result ?? {};
     const found = result.events ?? result.intervals;
     if (result.text) {
+      if (parts.children.length === 1 && parts.textContent.endsWith(result.text)) parts.replaceChildren();
       answer.text.replaceChildren(withTimes(result.text, this.endS(), this.seek));
       this.say(result.text);
     } else if (found) {
