@@ -173,6 +173,7 @@ class FakeDecoder:
     """Says the words of `answer`, one id each, if every record is in the store or inline.
 
     `breaks_after`: how many words each call says before it breaks off, one entry per call; then no more breaks.
+    `is_away`: it does not describe itself.
     """
 
     store: FakeStore
@@ -181,8 +182,11 @@ class FakeDecoder:
     breaks_after: list[int] = field(default_factory=list)
     requests: list[GenerateRequest] = field(default_factory=list)
     running: int = 0
+    is_away: bool = False
 
     async def describe(self) -> ModelCard:
+        if self.is_away:
+            raise Unavailable("the decode service does not answer")
         return self.card
 
     async def generate(self, request: GenerateRequest) -> AsyncIterator[DecodeEvent]:

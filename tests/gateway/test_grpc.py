@@ -137,7 +137,7 @@ async def test_each_error_has_its_status_and_its_code(
         ),
         (_request(temperature=float("nan")), "temperature"),
         (_request(temperature=2.5), "temperature"),
-        (_request(top_p=0), "top_p"),
+        (_request(top_p=1.5), "top_p"),
         (_request(max_tokens=0), "max_tokens"),
     ],
 )

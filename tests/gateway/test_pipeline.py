@@ -284,6 +284,26 @@ async def test_a_model_that_cannot_hold_the_largest_video_is_reported() -> None:
     assert stage.pipeline.check_budgets() == ["256 frames make 160 tokens, the language model takes 160"]
 
 
+async def test_a_request_that_comes_while_decode_is_away_waits_for_it() -> None:
+    stage = make_stage()
+    stage.decoder.breaks_after = [1]
+    await read(stage.pipeline.answer(ask(MediaKind.IMAGE)))
+    assert stage.pipeline.is_doubtful
+    stage.decoder.is_away = True
+    stage.decoder.breaks_after = [0]  # still away at the first try
+    assert (await read(stage.pipeline.answer(ask(MediaKind.IMAGE))))[0] == "a bike rides past"
+    stage.decoder.is_away = False
+    await stage.pipeline.describe()
+    assert not stage.pipeline.is_doubtful
+
+
+async def test_a_request_before_anyone_knows_the_model_is_unavailable() -> None:
+    stage = make_stage()
+    stage.decoder.is_away = True
+    with pytest.raises(Unavailable, match="does not answer"):
+        await read(stage.pipeline.answer(ask(MediaKind.IMAGE)))
+
+
 async def test_closing_the_answer_stops_all_work() -> None:
     stage = make_stage()
     stage.vision.gate.clear()

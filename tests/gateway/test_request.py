@@ -91,6 +91,11 @@ async def test_accepted(body: dict[str, Any]) -> None:
     assert question.sampling.max_tokens == (body.get("max_tokens") or 64)
 
 
+async def test_the_smallest_nucleus_is_greedy() -> None:
+    sampling = (await _question(temperature=1.5, top_p=0)).sampling
+    assert (sampling.temperature, sampling.top_p) == (0.0, 1.0)
+
+
 async def test_left_out_fields_mean_greedy_and_the_default_length() -> None:
     sampling = (await _question()).sampling
     assert (sampling.temperature, sampling.top_p, sampling.top_k, sampling.seed) == (0.0, 1.0, 0, None)
@@ -120,7 +125,7 @@ async def test_left_out_fields_mean_greedy_and_the_default_length() -> None:
         ("temperature", 2.1),
         ("temperature", "0"),
         ("temperature", True),
-        ("top_p", 0),
+        ("top_p", -0.1),
         ("top_p", 1.1),
         ("top_k", -2),
         ("top_k", 1.5),

@@ -85,8 +85,8 @@ class PipelineLimits:
 
 @dataclass(kw_only=True)
 class Pipeline:
-    """One for all requests. `model`: what is served, None until the decode service has described itself.
-    `recordings`: None where none are kept."""
+    """One for all requests. `model`: what is served, None until the decode service has described itself;
+    `is_doubtful`: a service behind was away since. `recordings`: None where none are kept."""
 
     fetcher: Fetcher
     frames: Frames
@@ -96,6 +96,7 @@ class Pipeline:
     limits: PipelineLimits
     metrics: Metrics
     model: ModelCard | None = None
+    is_doubtful: bool = False
     recordings: Recordings | None = None
 
     async def answer(self, question: Question) -> AsyncGenerator[AnswerEvent, None]:
@@ -137,9 +138,15 @@ class Pipeline:
             raise first_of(group) from None
 
     async def describe(self) -> ModelCard:
-        """What is served. Asked of the decode service once, and again after a service behind was away."""
-        if self.model is None:
-            self.model = await self.decoder.describe()
+        """What is served. Asked of the decode service once, and again after a service behind was away; while nobody
+        answers, what was served last: the request has the patience to wait until it is served again."""
+        if self.model is None or self.is_doubtful:
+            try:
+                self.model = await self.decoder.describe()
+                self.is_doubtful = False
+            except Unavailable:
+                if self.model is None:
+                    raise
         return self.model
 
     def check_budgets(self) -> list[str]:
@@ -229,16 +236,17 @@ class OneAnswer:
 
     async def _plan_files(self) -> list[MediaItem]:
         sources = [source for source in self._question.media if source.recording is None]
-        opened = []
-        for source in sources:
-            with self._clock.stage("fetch"), _blaming(source):
-                file = self._services.fetcher.open(source, self._question.tenant, self._question.deadline)
-                opened.append(await self._files.enter_async_context(file))
+        opened = await gather(self._fetch(source) for source in sources)
         kinds = [source.kind for source in self._question.media]
         return await gather(
             self._plan(source, file, is_tiled(source.kind, kinds, self._config.image_mode))
             for source, file in zip(sources, opened, strict=True)
         )
+
+    async def _fetch(self, source: MediaSource) -> LocalMedia:
+        with self._clock.stage("fetch"), _blaming(source):
+            file = self._services.fetcher.open(source, self._question.tenant, self._question.deadline)
+            return await self._files.enter_async_context(file)
 
     async def _plan(self, source: MediaSource, file: LocalMedia, tiled: bool) -> MediaItem:
         services, limits = self._services, self._services.limits
@@ -376,7 +384,7 @@ class OneAnswer:
                     item.window, ref, self._form, self._config, self._question.deadline
                 )
             except Unavailable as error:
-                self._services.model = None
+                self._services.is_doubtful = True
                 await patience.wait(error)
 
     async def _have_encoded(
@@ -393,7 +401,7 @@ class OneAnswer:
                     current.set_attribute(names.ATTR_TILES, encoded.tiles)
                 break
             except Unavailable as error:
-                self._services.model = None
+                self._services.is_doubtful = True
                 await patience.wait(error)
         self._clock.add_parts("vision", encoded.stage_ms)
         chunk.is_reused = False
@@ -412,7 +420,7 @@ class OneAnswer:
                 with self._clock.stage("decode"):
                     outcome = await generation.attempt(encoding)
             except Unavailable as error:
-                self._services.model = None
+                self._services.is_doubtful = True
                 if len(generation.token_ids) > said:
                     patience.renew()
                 await patience.wait(error)

@@ -186,11 +186,12 @@ def _sampling(asked: Asked, limits: RequestLimits) -> SamplingParams:
             raise InvalidRequest(
                 f"stop: a string of {len(stop)} characters given, must have 1 to {_LONGEST_STOP}", param="stop"
             )
-    top_p = _within("top_p", asked.top_p, above=0, most=1)
+    temperature = _within("temperature", asked.temperature, least=0, most=2) or 0.0
+    top_p = _within("top_p", asked.top_p, least=0, most=1)
     return SamplingParams(
         max_tokens=asked.max_tokens or limits.default_answer_tokens,
-        temperature=_within("temperature", asked.temperature, least=0, most=2) or 0.0,
-        top_p=1.0 if top_p is None else top_p,
+        temperature=0.0 if top_p == 0 else temperature,  # the likeliest token only: greedy
+        top_p=top_p or 1.0,
         top_k=max(0, asked.top_k or 0),
         min_p=_within("min_p", asked.min_p, least=0, most=1) or 0.0,
         seed=None if asked.seed is None else asked.seed % 2**63,

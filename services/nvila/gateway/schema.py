@@ -199,7 +199,7 @@ class ChatRequest(Closed):
     max_completion_tokens: int | None = None
     max_tokens: int | None = Field(None, description="The older name of max_completion_tokens.")
     temperature: float | None = Field(None, description="0 (greedy, the default, as NVILA's own code) to 2.")
-    top_p: float | None = Field(None, description="Above 0, at most 1.")
+    top_p: float | None = Field(None, description="From 0 (greedy) to 1.")
     top_k: int | None = Field(None, description="Extension. 0 or -1: all.")
     min_p: float | None = Field(None, description="Extension. 0 to 1.")
     seed: int | None = None
