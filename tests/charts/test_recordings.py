@@ -27,7 +27,9 @@ def components(rendered: Any) -> set[str]:
 def test_nothing_of_them_is_there_unless_they_are_wanted() -> None:
     assert "recordings" not in components(render())
     told = environment(container(pod_of(render(), "gateway")))
-    assert not [name for name in told if "RECORDINGS" in name]
+    assert {name: value for name, value in told.items() if "RECORDINGS" in name} == {
+        "NVILA_GATEWAY_RECORDINGS": "false"
+    }
 
 
 @pytest.mark.parametrize("kind", ["Deployment", "ServiceAccount", "PodDisruptionBudget", "NetworkPolicy"])
@@ -64,9 +66,15 @@ def test_gateway_and_workers_have_one_database_one_cold_store_and_one_folder() -
     gateway, worker = (container(pod_of(rendered, part)) for part in ("gateway", "recordings"))
     ours, theirs = environment(gateway), environment(worker)
 
+    assert ours["NVILA_GATEWAY_RECORDINGS"] == "true"
     assert ours["NVILA_GATEWAY_RECORDINGS_DATABASE_URL"] == theirs["NVILA_RECORDINGS_DATABASE_URL"] == "db/url"
     assert ours["NVILA_GATEWAY_RECORDINGS_COLD_URL"] == theirs["NVILA_RECORDINGS_COLD_URL"] == "s3://b/p"
     assert ours["NVILA_GATEWAY_DATA_DIR"] == theirs["NVILA_RECORDINGS_DATA_DIR"]
+    for told in (ours, theirs):
+        assert not [name for name in told if name.endswith("RECORDINGS_DIR")], "both the data folder's"
+    for program in (gateway, worker):
+        (mounted,) = [one["mountPath"] for one in program["volumeMounts"] if one["name"] == "data"]
+        assert mounted == ours["NVILA_GATEWAY_DATA_DIR"]
     assert gateway["envFrom"] == worker["envFrom"] == [{"secretRef": {"name": "store"}}]
     assert gateway["image"] == worker["image"]
     volumes = [

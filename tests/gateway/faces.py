@@ -184,6 +184,7 @@ async def serving(
     *,
     admission: Admission | None = None,
     limits: RequestLimits = LIMITS,
+    is_recording: bool = True,
     **http_settings: Any,
 ) -> AsyncIterator[Gateway]:
     pipeline = pipeline or ScriptedPipeline()
@@ -213,7 +214,7 @@ async def serving(
         scratch=scratch,
         uploads=Admission(permits=2, queue=2, wait_s=5),
         resumable=uploads,
-        recordings=recordings,
+        recorded=recordings if is_recording else None,
         streams=streams,
         health=_Health(),
         metrics=metrics,
@@ -224,7 +225,7 @@ async def serving(
         yield services
 
     app = http.create_app(keys, settings, open_services)
-    grpc_server = await grpc.serve(front, recordings, streams, keys, "127.0.0.1:0", max_message_bytes=1 << 20)
+    grpc_server = await grpc.serve(front, services.recorded, streams, keys, "127.0.0.1:0", max_message_bytes=1 << 20)
     try:
         async with _listening(app) as url, httpx.AsyncClient(base_url=url, trust_env=False, verify=False) as client:
             target = f"127.0.0.1:{grpc_server.port}"

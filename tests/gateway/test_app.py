@@ -111,6 +111,17 @@ async def test_without_the_services_behind_it_is_live_not_ready_answers_503_and_
     assert list((tmp_path / "scratch").iterdir()) == []
 
 
+async def test_with_recordings_off_it_opens_no_database_and_says_so(tmp_path: Path) -> None:
+    headers = {"Authorization": "Bearer key-number-one"}
+    async with _process(tmp_path, RECORDINGS="false") as (_, client):
+        await _until_live(client)
+        answer = await client.get("/v1/recordings", headers=headers)
+        metrics = await client.get("/metrics", headers=headers)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found")
+    assert metrics.status_code == 200
+    assert not (tmp_path / "recordings.db").exists()
+
+
 async def test_what_cannot_start_ends_the_process_with_a_failure(tmp_path: Path) -> None:
     async with _process(tmp_path, FRAME_MEMORY_BYTES=str(1 << 50)) as (process, _):
         async with asyncio.timeout(60):

@@ -350,3 +350,44 @@ async def test_errors_over_grpc_have_the_status_of_their_kind(
     assert caught.value.code() is status
     assert dict(tuple(caught.value.trailing_metadata() or ())).get("nvila-param") == param
     assert keyless.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("POST", "/v1/recordings"),
+        ("GET", "/v1/recordings"),
+        ("GET", f"/v1/recordings/rec_{'0' * 32}"),
+        ("DELETE", f"/v1/recordings/rec_{'0' * 32}"),
+        ("GET", f"/v1/recordings/rec_{'0' * 32}/coverage"),
+        ("GET", f"/v1/recordings/rec_{'0' * 32}/chunks"),
+        ("GET", f"/v1/recordings/rec_{'0' * 32}/media"),
+        ("POST", "/v1/jobs"),
+        ("GET", "/v1/jobs"),
+        ("GET", f"/v1/jobs/job_{'0' * 32}"),
+        ("GET", f"/v1/jobs/job_{'0' * 32}/events"),
+    ],
+)
+async def test_where_none_are_kept_nothing_is_accepted_that_would_wait_for_ever(
+    tmp_path: Path, method: str, path: str
+) -> None:
+    body = PUSH if path.endswith("recordings") else {"recording": f"rec_{'0' * 32}", "kind": "summary", "window": {}}
+    async with serving(tmp_path, is_recording=False) as gateway:
+        answer = await gateway.client.request(method, path, json=body if method == "POST" else None, headers={**BEARER})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "not_found"), answer.text
+    assert answer.json()["error"]["message"] == "recordings are not enabled on this gateway"
+
+
+async def test_where_none_are_kept_grpc_says_so_too(tmp_path: Path) -> None:
+    async with (
+        serving(tmp_path, is_recording=False) as gateway,
+        grpc.aio.insecure_channel(gateway.grpc_target) as channel,
+    ):
+        stub = RecordingServiceStub(channel)  # type: ignore[no-untyped-call]
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await stub.ListRecordings(pb.ListRecordingsRequest(), metadata=METADATA)
+        with pytest.raises(grpc.aio.AioRpcError) as alike:
+            async for _ in stub.FollowJob(pb.FollowJobRequest(id="job_0"), metadata=METADATA):
+                pass
+    assert refused.value.code() is alike.value.code() is grpc.StatusCode.NOT_FOUND
+    assert refused.value.details() == "recordings are not enabled on this gateway"

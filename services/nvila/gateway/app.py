@@ -11,7 +11,7 @@ import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import uvicorn
@@ -128,25 +128,7 @@ async def _open(settings: GatewaySettings, keys: ApiKeys, opened: AsyncExitStack
         metrics=metrics,
     )
     opened.push_async_callback(fetcher.close)
-    database_url = settings.recordings_database_url
-    live = settings.recordings_dir or settings.data_dir / "recordings"
-    database = Database.open(
-        database_url.get_secret_value() if database_url else f"sqlite:///{settings.data_dir}/recordings.db"
-    )
-    opened.push_async_callback(database.close)
-    await database.migrate()
-    shelf = RecordingStore(database)
-    cold = await asyncio.to_thread(ColdStore, settings.recordings_cold_url or str(live))
-    recordings = Recordings(
-        shelf=shelf,
-        jobs=JobStore(database),
-        files=files,
-        inbox=Inbox(live),
-        segments=live,
-        quota=Quota(
-            recordings=settings.max_recordings, live=settings.max_live_recordings, queued_jobs=settings.max_queued_jobs
-        ),
-    )
+    recorded = await _open_recordings(settings, files, opened) if settings.recordings else None
     pool = await DecodePool.start(
         DecodeLimits(
             max_pixels=settings.max_pixels,
@@ -165,7 +147,11 @@ async def _open(settings: GatewaySettings, keys: ApiKeys, opened: AsyncExitStack
     opened.push_async_callback(vision.close)
     decoder = DecodeClient(settings.decode_target)
     opened.push_async_callback(decoder.close)
-    lost = LostTokens(shelf, cold, pool, GroupEncoder(cold, store, vision, recovery_s=settings.recovery_s), decoder)
+    windows = None
+    if recorded is not None:
+        encoder = GroupEncoder(recorded.cold, store, vision, recovery_s=settings.recovery_s)
+        lost = LostTokens(recorded.shelf, recorded.cold, pool, encoder, decoder)
+        windows = RecordingWindows(recorded.shelf, store, recorded.cold, lost)
     pipeline = Pipeline(
         fetcher=fetcher,
         frames=pool,
@@ -176,12 +162,13 @@ async def _open(settings: GatewaySettings, keys: ApiKeys, opened: AsyncExitStack
             chunk_frames=settings.chunk_frames, max_frames=settings.max_frames, recovery_s=settings.recovery_s
         ),
         metrics=metrics,
-        recordings=RecordingWindows(shelf, store, cold, lost),
+        recordings=windows,
     )
     admission = Admission(permits=settings.max_concurrency, queue=settings.max_queue, wait_s=settings.queue_timeout_s)
     front = Front(pipeline=pipeline, admission=admission, files=files, limits=request_limits(settings), metrics=metrics)
     host = f"[{settings.host}]" if ":" in settings.host else settings.host
     streams = Admission(permits=settings.max_streams, queue=0, wait_s=settings.queue_timeout_s)
+    recordings = recorded.recordings if recorded is not None else None
     grpc_server = await grpc.serve(
         front, recordings, streams, keys, f"{host}:{settings.grpc_port}", max_message_bytes=settings.max_body_bytes
     )
@@ -201,11 +188,41 @@ async def _open(settings: GatewaySettings, keys: ApiKeys, opened: AsyncExitStack
         scratch=scratch,
         uploads=Admission(permits=settings.max_uploads, queue=settings.max_queue, wait_s=settings.queue_timeout_s),
         resumable=resumable,
-        recordings=recordings,
+        recorded=recordings,
         streams=streams,
         health=health,
         metrics=metrics,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Recorded:
+    """What recordings are kept in, and what is done with them for clients."""
+
+    shelf: RecordingStore
+    cold: ColdStore
+    recordings: Recordings
+
+
+async def _open_recordings(settings: GatewaySettings, files: FileStore, opened: AsyncExitStack) -> _Recorded:
+    url = settings.recordings_database_url
+    live = settings.recordings_dir or settings.data_dir / "recordings"
+    database = Database.open(url.get_secret_value() if url else f"sqlite:///{settings.data_dir}/recordings.db")
+    opened.push_async_callback(database.close)
+    await database.migrate()
+    shelf = RecordingStore(database)
+    recordings = Recordings(
+        shelf=shelf,
+        jobs=JobStore(database),
+        files=files,
+        inbox=Inbox(live),
+        segments=live,
+        quota=Quota(
+            recordings=settings.max_recordings, live=settings.max_live_recordings, queued_jobs=settings.max_queued_jobs
+        ),
+    )
+    cold = await asyncio.to_thread(ColdStore, settings.recordings_cold_url or str(live))
+    return _Recorded(shelf=shelf, cold=cold, recordings=recordings)
 
 
 class Health:

@@ -68,7 +68,13 @@ class GrpcServer:
 
 
 async def serve(
-    front: Front, recordings: Recordings, streams: Admission, keys: ApiKeys, address: str, *, max_message_bytes: int
+    front: Front,
+    recordings: Recordings | None,
+    streams: Admission,
+    keys: ApiKeys,
+    address: str,
+    *,
+    max_message_bytes: int,
 ) -> GrpcServer:
     """Listen on `address` (host:port; port 0 for a free one). Raises `OSError` when it cannot be had."""
     server = grpc.aio.server(

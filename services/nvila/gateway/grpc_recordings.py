@@ -15,7 +15,7 @@ from nvila.gateway import push
 from nvila.gateway.admission import Admission
 from nvila.gateway.auth import ApiKeys
 from nvila.gateway.grpc_call import answering, header
-from nvila.gateway.recordings import NewRecording, Recordings, progress_of, shown_params
+from nvila.gateway.recordings import NewRecording, Recordings, kept, progress_of, shown_params
 from nvila.recordings.types import ChunkPolicy, Job, JobKind, JobState, Recording, RecordingState, SourceKind
 from nvila.types import Gap, RecordingWindow
 
@@ -31,13 +31,19 @@ Context: TypeAlias = grpc.aio.ServicerContext
 class RecordingService(RecordingServiceServicer):
     """`streams`: permits of calls that last as long as the client likes."""
 
-    def __init__(self, recordings: Recordings, keys: ApiKeys, streams: Admission) -> None:
-        self._recordings = recordings
+    def __init__(self, recordings: Recordings | None, keys: ApiKeys, streams: Admission) -> None:
+        """`recordings`: None where none are kept."""
+        self._recorded = recordings
         self._keys = keys
         self._streams = streams
 
     def _tenant(self, context: Context) -> str:
         return self._keys.tenant(header(context, "authorization"))
+
+    @property
+    def _recordings(self) -> Recordings:
+        """Raises `NotFound` where none are kept."""
+        return kept(self._recorded)
 
     # -- recordings
 

@@ -12,7 +12,7 @@ from nvila.gateway.admission import Admission
 from nvila.gateway.auth import ApiKeys
 from nvila.gateway.files import FileStore
 from nvila.gateway.front import Front
-from nvila.gateway.recordings import Recordings
+from nvila.gateway.recordings import Recordings, kept
 from nvila.gateway.scratch import Scratch
 from nvila.gateway.uploads import Uploads
 from nvila.telemetry.metrics import Metrics
@@ -42,7 +42,8 @@ class HttpSettings:
 @dataclass(frozen=True, kw_only=True)
 class Services:
     """What the routes use; made by `app.py`, kept in the app's lifespan state. `uploads`: permits, of both kinds;
-    `streams`: of what lasts as long as the client likes, pushed video and followed jobs."""
+    `streams`: of what lasts as long as the client likes, pushed video and followed jobs. `recorded`: None where no
+    recordings are kept."""
 
     keys: ApiKeys
     front: Front
@@ -50,10 +51,15 @@ class Services:
     scratch: Scratch
     uploads: Admission
     resumable: Uploads
-    recordings: Recordings
+    recorded: Recordings | None
     streams: Admission
     health: Health
     metrics: Metrics
+
+    @property
+    def recordings(self) -> Recordings:
+        """Raises `NotFound` where none are kept."""
+        return kept(self.recorded)
 
 
 def _services(request: Request) -> Services:

@@ -311,6 +311,13 @@ class Recordings:
         return _address(new)
 
 
+def kept(recordings: Recordings | None) -> Recordings:
+    """Raises `NotFound` where no recordings are kept."""
+    if recordings is None:
+        raise NotFound("recordings are not enabled on this gateway")
+    return recordings
+
+
 def check_window(window: RecordingWindow, param: str = "window") -> None:
     """Raises `InvalidRequest` for bounds that are negative, reversed, or on both clocks."""
     on_own = (window.start_s, window.end_s)

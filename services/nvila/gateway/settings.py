@@ -59,6 +59,9 @@ class GatewaySettings(BaseSettings):
     """Folder for uploaded files and media on the way. Replicas that share it share uploaded files."""
 
     # -- recordings
+    recordings: bool = True
+    """Keep recordings and do jobs over them, which needs workers: the recordings part. Off: whoever asks for either is
+    told, rather than that what they submit waits for ever."""
     recordings_database_url: SecretStr | None = None
     """Where recordings and jobs are kept: sqlite:///folder/file.db, or postgresql://user:password@host/database; the
     recordings part must have the same. Default: recordings.db in the data folder."""

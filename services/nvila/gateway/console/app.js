@@ -18,6 +18,7 @@ const $ = (id) => document.getElementById(id);
 let recordings = [];
 let shown = PAGE;
 let detail = null;
+let isOff = false;
 
 // -- what went wrong, and what a screen reader is told
 
@@ -53,7 +54,18 @@ $("sign-out").addEventListener("click", () => {
 // -- the list
 
 async function refresh() {
-  const found = await get(`/v1/recordings?limit=${shown}`);
+  if (isOff) return;
+  let found;
+  try {
+    found = await get(`/v1/recordings?limit=${shown}`);
+  } catch (error) {
+    if (error.status !== 404) throw error;
+    isOff = true;
+    $("add").disabled = true;
+    setText($("list-empty"), "Recordings are not enabled on this gateway.");
+    $("list-empty").hidden = false;
+    return;
+  }
   recordings = found.data;
   $("more").hidden = !found.has_more;
   $("list-empty").hidden = recordings.length > 0;
@@ -139,7 +151,7 @@ function welcome() {
   document.title = "nvila";
   const made = document.createElement("div");
   made.className = "welcome";
-  made.innerHTML = "<h2>Ask your recordings</h2><p>Choose a recording, or add a video, an address or a camera. While it is taken in, you can already ask about what is there.</p>";
+  made.innerHTML = isOff ? "<h2>No recordings</h2><p>This gateway answers questions over its API, and keeps no recordings.</p>" : "<h2>Ask your recordings</h2><p>Choose a recording, or add a video, an address or a camera. While it is taken in, you can already ask about what is there.</p>";
   return made;
 }
 
@@ -162,6 +174,7 @@ function showFields() {
 }
 
 function openAdd(file = null) {
+  if (isOff) return;
   form.reset();
   if (file) {
     const carried = new DataTransfer();
