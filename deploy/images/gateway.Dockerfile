@@ -1,17 +1,21 @@
 # The gateway: HTTP and gRPC in, frames decoded, questions answered; and, by another command, the workers of recordings
 # (python -m nvila.recordings.app). No torch, no compiler, not root.
 #   docker build -f deploy/images/gateway.Dockerfile -t nvila-gateway .
+# With s3:// for recordings (RECORDINGS_COLD_URL, source_stores): --build-arg STORES=s3
 ARG PYTHON_IMAGE=python:3.11.11-slim-bookworm
 
 FROM ${PYTHON_IMAGE} AS build
 RUN pip install --no-cache-dir uv==0.13.9
 WORKDIR /src
 COPY requirements.lock pyproject.toml README.md LICENSE ./
-COPY deploy/requirements/overrides.txt deploy/requirements/
+COPY deploy/requirements/overrides.txt deploy/requirements/s3.txt deploy/requirements/
 COPY services services
 RUN uv venv /opt/nvila \
  && uv pip install --no-cache --python /opt/nvila/bin/python --compile-bytecode \
       --constraint requirements.lock --override deploy/requirements/overrides.txt ".[gateway]"
+ARG STORES=""
+RUN [ -z "${STORES}" ] || uv pip install --no-cache --no-deps --python /opt/nvila/bin/python --compile-bytecode \
+      -r "deploy/requirements/${STORES}.txt"
 
 FROM ${PYTHON_IMAGE}
 RUN useradd --uid 10001 --create-home nvila \

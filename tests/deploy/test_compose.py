@@ -97,6 +97,30 @@ def test_published_ports_are_those_that_the_program_listens_on() -> None:
     assert [int(port.split(":")[-1]) for port in gateway["ports"]] == Dockerfile.read("gateway").ports()
 
 
+def test_gateway_and_workers_keep_recordings_at_one_place() -> None:
+    written = yaml.safe_load(LAPTOP.read_text())["services"]  # before the shell's values come in
+    gateway, workers = (written[name]["environment"] for name in ("gateway", "recordings"))
+
+    for name in ("DATABASE_URL", "COLD_URL"):
+        told = gateway[f"NVILA_GATEWAY_RECORDINGS_{name}"]
+        assert told == workers[f"NVILA_RECORDINGS_{name}"] == f"${{RECORDINGS_{name}}}"
+        assert env_file()[f"RECORDINGS_{name}"] == ""
+    folders = [name for name in (*gateway, *workers) if name.endswith(("DATA_DIR", "RECORDINGS_DIR"))]
+    assert folders == [], "both the data volume's"
+    credentials = {name: value for name, value in gateway.items() if name.startswith("AWS_")}
+    assert credentials == {name: value for name, value in workers.items() if name.startswith("AWS_")} != {}
+    assert set(credentials.values()) == {None}, "the shell's own, or none"
+
+
+def test_an_empty_address_means_the_data_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVILA_RECORDINGS_DATABASE_URL", "")
+    monkeypatch.setenv("NVILA_GATEWAY_RECORDINGS_DATABASE_URL", "")
+    monkeypatch.setenv("NVILA_GATEWAY_API_KEYS", "key-number-one")
+
+    assert RecordingsSettings().database() == "sqlite:////var/lib/nvila/recordings.db"
+    assert not GatewaySettings().recordings_database_url
+
+
 def test_the_workers_of_recordings_share_the_gateways_image_data_and_memory() -> None:
     gateway, workers = services(LAPTOP)["gateway"], services(LAPTOP)["recordings"]
 

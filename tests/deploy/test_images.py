@@ -135,3 +135,13 @@ def test_the_triton_of_the_vision_image_is_the_one_that_is_tested() -> None:
     server = Dockerfile.read("vision").arguments()["SERVER"]
 
     assert server == f"nvidia-pytriton=={LOCK[canonicalize_name('nvidia-pytriton')]}"
+
+
+def test_the_s3_library_fits_the_locked_packages() -> None:
+    lines = (ROOT / "deploy/requirements/s3.txt").read_text().splitlines()
+    pins = dict(line.split("==") for line in lines if not line.startswith("#"))
+    apart = {name for name, version in pins.items() if LOCK.get(name, version) != version}
+
+    assert apart == {"python-dateutil"}, "botocore's, which the gateway needs for nothing else"
+    assert pins["s3fs"] == pins["fsspec"] == LOCK["fsspec"]
+    assert "numpy" not in pins
