@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,17 @@ def picture(number: int, width: int = 64, height: int = 48) -> NDArray[np.uint8]
     return rgb
 
 
+@contextmanager
+def at_usual_priority() -> Iterator[None]:
+    """SVT-AV1, run by root, makes its caller a real-time process, and all that is started from there: whole stacks
+    then keep each other, and this machine, from running."""
+    policy, priority = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, priority)
+
+
 def write_video(
     path: Path,
     *,
@@ -39,7 +52,7 @@ def write_video(
     colorspace: int | None = None,
 ) -> Path:
     """Write a clip whose frame n shows `picture(n)`. stamps: presentation times in units of time_base."""
-    with av.open(str(path), "w", options=container_options or {}) as container:
+    with at_usual_priority(), av.open(str(path), "w", options=container_options or {}) as container:
         stream: Any = container.add_stream(codec, rate=rate, options=options or {})
         assert isinstance(stream, VideoStream)
         stream.width, stream.height = size
