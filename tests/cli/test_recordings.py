@@ -16,7 +16,7 @@ import pytest
 from nvila.cli.main import main
 from nvila.cli.recording_client import RecordingClient
 from nvila.cli.recordings import seconds
-from nvila.errors import InvalidRequest
+from nvila.errors import InvalidRequest, LimitExceeded
 from nvila.recordings.jobs import Claim, JobStore
 from nvila.recordings.types import JobKind, RecordingState
 from tests.gateway.faces import ANSWERED, KEY, Gateway, ScriptedPipeline, serving
@@ -128,6 +128,22 @@ async def test_a_timeline_is_followed_and_exported(tmp_path: Path, capsys: pytes
         assert [line["kind"] for line in lines] == ["chunk", "result"]
         assert lines[1]["events"] == events
         assert "no finished job" in await cli("recordings", "export", recording_id, "--kind", "watch", status=5)
+
+
+async def test_a_question_too_long_for_one_request_is_asked_as_a_job(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = [LimitExceeded("parts: 29 needed, at most 16 allowed")]
+    async with _cli(tmp_path, capsys, script) as cli:
+        recording_id = await _pushed(cli)
+        words = ("recordings", "ask", recording_id, "What happens?", "--timeout", "30")
+        asking = asyncio.create_task(cli(*words))
+        claim = await cli.claim(JobKind.ASK)
+        assert claim.job.params["question"] == "What happens?"
+        await claim.finish({"text": "A cyclist passes.", "gaps": []})
+        assert await asking == "A cyclist passes.\n"
+        refused = await cli(*words, "--json", status=3)
+        assert json.loads(refused)["error"]["code"] == "limit_exceeded"
 
 
 async def test_a_standing_questions_alerts_are_printed_as_they_come(

@@ -15,7 +15,7 @@ def recordings(verb: argparse.ArgumentParser) -> None:
     shown = actions.add_parser("show", help="one recording: state, coverage, counters")
     shown.add_argument("-f", "--follow", action="store_true", help="until it is complete")
     ask = actions.add_parser("ask", help="a question, answered as it comes")
-    ask.add_argument("--job", action="store_true", help="as a job, for windows too long for one request")
+    ask.add_argument("--job", action="store_true", help="as a job, even if one request would do")
     ask.add_argument("--timeout", type=float, default=300.0, metavar="S", help="longest wait in all (%(default)s s)")
     summary = actions.add_parser("summarize", help="a summary, with its times, as it grows")
     when = actions.add_parser("when", help="when something happens")

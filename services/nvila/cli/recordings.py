@@ -19,7 +19,7 @@ from nvila.cli import jobs, show
 from nvila.cli.ask import find_gateway, print_answer
 from nvila.cli.client import Ask, GatewayClient
 from nvila.cli.recording_client import Record, RecordingClient
-from nvila.errors import InvalidRequest, NotFound, from_wire
+from nvila.errors import InvalidRequest, LimitExceeded, NotFound, from_wire
 
 _LOOK_EVERY_S = 1.0
 _KINDS = {"ask": "ask", "summarize": "summary", "when": "when", "timeline": "timeline", "watch": "watch"}
@@ -28,7 +28,12 @@ _STYLES = {"complete": "green", "live": "red", "ingesting": "cyan", "failed": "b
 
 def run(args: argparse.Namespace) -> int:
     if args.action == "ask" and not args.job:
-        return _ask(args)
+        try:
+            return _ask(args)
+        except LimitExceeded as error:  # too long for one request, perhaps not for a job
+            if args.json:
+                raise
+            show.console.print(Text(f"{error}; asking as a job", style="dim"))
     with RecordingClient(*find_gateway(args)) as gateway:
         match args.action:
             case "add":

@@ -260,7 +260,7 @@ def _reason(
     mode: WindowMode, groups: int, blocks: int, pool: int, leaves_out: bool, budget: Budget, shape: GroupShape
 ) -> str:
     capacity = budget.capacity(shape, is_part=mode is WindowMode.MAP_REDUCE)
-    limit = f"one call takes {capacity:,} of {shape.positions:,} positions"
+    limit = f"one call takes {capacity:,}, each {shape.positions:,} positions long"
     static = f"; {blocks:,} are shown, those that look like the one before are not" if leaves_out and pool == 1 else ""
     match mode:
         case WindowMode.FULL:
