@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
+from nvila.recordings.types import JobState
 from nvila.telemetry import names
 from tests.charts.helm import render
 from tests.deploy.files import OBSERVABILITY, ROOT, compose
@@ -51,6 +52,23 @@ def test_every_own_metric_of_alerts_and_dashboards_exists() -> None:
         used = set(OWN.findall(path.read_text()))
         assert used, path.name
         assert used - known <= MENTIONED, path.name
+
+
+def test_what_can_go_wrong_with_recordings_is_alerted_and_drawn() -> None:
+    rules = {rule["alert"]: rule["expr"] for group in _alerts()["groups"] for rule in group["rules"]}
+    drawn = (ROOT / "charts/nvila/files/dashboards/path.json").read_text()
+    for alert, metric, told in (
+        ("NvilaRecordingsDatabaseDown", names.RECORDINGS_DATABASE_UP, ""),
+        ("NvilaJobsWait", names.JOBS_OLDEST_SECONDS, ""),
+        ("NvilaJobsFail", names.JOBS, f'state="{JobState.FAILED}"'),
+        ("NvilaIngestLag", names.INGEST_LAG_SECONDS, ""),
+        ("NvilaFramesDropped", names.RECORDED_FRAMES, 'fate="dropped"'),
+        ("NvilaCamerasAway", names.CAPTURES, 'state="away"'),
+    ):
+        assert f"{metric.name}{{" in rules[alert], alert
+        assert told in rules[alert], alert
+        assert 'app_kubernetes_io_component="recordings"' in rules[alert], alert
+        assert f"{metric.name}{{" in drawn, metric.name
 
 
 def test_grafana_finds_its_source_and_every_dashboard() -> None:
