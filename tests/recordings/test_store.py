@@ -56,6 +56,15 @@ async def test_a_recording_comes_back_as_it_was_made(jobs: JobStore, store: Reco
     assert "pass" not in repr(found)
 
 
+async def test_a_new_database_file_is_its_owners_alone(tmp_path: Path) -> None:
+    database = Database.open(f"sqlite:///{tmp_path}/data/recordings.db")
+    await database.migrate()
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "data").iterdir()}
+    await database.close()
+    assert modes["recordings.db"] == 0o600
+    assert set(modes.values()) == {0o600}
+
+
 async def test_another_tenants_recording_does_not_exist(jobs: JobStore, store: RecordingStore) -> None:
     theirs = await filled(jobs, 1, tenant="other")
 

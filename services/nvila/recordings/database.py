@@ -63,7 +63,7 @@ class Database:
         """Bring the tables to this program's version. Processes that start together do it one after the other; a
         process that dies half-way leaves everything as it was."""
         if self.is_sqlite and self._engine.url.database:
-            await asyncio.to_thread(Path(self._engine.url.database).parent.mkdir, parents=True, exist_ok=True)
+            await asyncio.to_thread(_begin_file, Path(self._engine.url.database))
         async with self.write() as connection:
             if not self.is_sqlite:
                 await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATIONS_LOCK})
@@ -120,6 +120,12 @@ def _with_driver(url: str) -> URL:
 
 def _is_sqlite(address: URL) -> bool:
     return address.get_backend_name() == "sqlite"
+
+
+def _begin_file(path: Path) -> None:
+    """A new database is its owner's alone, for the credentials of cameras are in it; SQLite's own files follow it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.touch(mode=0o600, exist_ok=True)
 
 
 def _prepare_sqlite(connection: Any, _record: object, *, wait_s: float) -> None:
