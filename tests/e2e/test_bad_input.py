@@ -91,7 +91,7 @@ BAD_FIELDS: list[dict[str, Any]] = [
     {"presence_penalty": 1.0},
     {"temperature": -1},
     {"temperature": "hot"},
-    {"top_p": 0},
+    {"top_p": -0.5},
     {"max_tokens": 0},
     {"max_tokens": 10**9},
     {"messages": []},

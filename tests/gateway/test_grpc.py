@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -157,19 +157,33 @@ async def test_a_message_over_the_limit_is_refused(tmp_path: Path) -> None:
     assert failed.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
 
 
+async def _listed(call: Any) -> AsyncIterator[Any]:
+    yield await call
+
+
+async def _refusal(make_call: Callable[[], Any]) -> grpc.aio.AioRpcError:
+    """A call is refused before its message is read; one that is still sending is told so by its own library, in these
+    words, and has to ask again to hear why."""
+    for _ in range(20):
+        error = await _fails(make_call())
+        if error.details() != "Internal error from Core":
+            break
+    return error
+
+
 @pytest.mark.parametrize("metadata", [(), (("authorization", "Bearer no-such-key"),), (("authorization", KEY),)])
 async def test_every_call_but_health_needs_a_valid_key(tmp_path: Path, metadata: tuple[tuple[str, str], ...]) -> None:
     async with serving(tmp_path) as gateway, grpc.aio.insecure_channel(gateway.grpc_target) as channel:
         stub: Any = ChatServiceStub(channel)  # type: ignore[no-untyped-call]
+        reflection = reflection_pb2_grpc.ServerReflectionStub(channel)
         listing = reflection_pb2.ServerReflectionRequest(list_services="")
-        described = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
-            iter([listing]), metadata=metadata
-        )
-        for call in (stub.Chat(_request(), metadata=metadata), described):
-            assert (await _fails(call)).code() is grpc.StatusCode.UNAUTHENTICATED
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
-            await stub.ListModels(pb.ListModelsRequest(), metadata=metadata)
-        assert caught.value.code() is grpc.StatusCode.UNAUTHENTICATED
+        calls: list[Callable[[], Any]] = [
+            lambda: stub.Chat(_request(), metadata=metadata),
+            lambda: reflection.ServerReflectionInfo(iter([listing]), metadata=metadata),
+            lambda: _listed(stub.ListModels(pb.ListModelsRequest(), metadata=metadata)),
+        ]
+        for call in calls:
+            assert (await _refusal(call)).code() is grpc.StatusCode.UNAUTHENTICATED
         health = await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), metadata=metadata)
         assert health.status == health_pb2.HealthCheckResponse.NOT_SERVING
 
