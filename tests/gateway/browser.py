@@ -88,12 +88,17 @@ class Page:
         return value
 
     async def click(self, selector: str) -> None:
-        """A real click in the middle of what the selector finds."""
+        """A real click in the middle of what the selector finds, once it stands still and nothing lies over it."""
         script = (
-            f"(e => {{ e.scrollIntoView({{block: 'nearest'}}); const b = e.getBoundingClientRect();"
-            f" return [b.x + b.width / 2, b.y + b.height / 2]; }})(document.querySelector({json.dumps(selector)}))"
+            f"(async () => {{ const e = document.querySelector({json.dumps(selector)});"
+            " if (!e) return null; e.scrollIntoView({block: 'nearest'});"
+            " const middle = () => { const b = e.getBoundingClientRect();"
+            "   return [b.x + b.width / 2, b.y + b.height / 2]; };"
+            " const before = middle(); await new Promise(r => setTimeout(r, 50)); const now = middle();"
+            " if (before[0] !== now[0] || before[1] !== now[1]) return null;"
+            " const hit = document.elementFromPoint(...now); return hit && e.contains(hit) ? now : null; })()"
         )
-        x, y = await self.run(script)
+        x, y = await self.until(script)
         await self.click_at(x, y)
 
     async def click_at(self, x: float, y: float) -> None:
