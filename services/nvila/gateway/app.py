@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from importlib.metadata import version
 
-import uvicorn
 from fastapi import FastAPI
 
 from nvila.cache.store import TokenStore
@@ -27,12 +24,12 @@ from nvila.gateway.egress import EgressPolicy
 from nvila.gateway.fetch import FetchLimits, MediaFetcher
 from nvila.gateway.files import FileStore
 from nvila.gateway.front import Front
-from nvila.gateway.http_content import Http
 from nvila.gateway.http_services import HttpSettings, Services
 from nvila.gateway.pipeline import Pipeline, PipelineLimits
 from nvila.gateway.recordings import Recordings
 from nvila.gateway.request import RequestLimits
 from nvila.gateway.scratch import Scratch
+from nvila.gateway.serve import serve
 from nvila.gateway.settings import GatewaySettings
 from nvila.gateway.uploads import UploadLimits, Uploads
 from nvila.recordings.cold import ColdStore
@@ -42,7 +39,7 @@ from nvila.recordings.inbox import Inbox
 from nvila.recordings.jobs import JobStore
 from nvila.recordings.store import Quota, RecordingStore
 from nvila.recordings.window import RecordingWindows
-from nvila.telemetry import logs, names, tracing
+from nvila.telemetry import logs, names
 from nvila.telemetry.logs import fields
 from nvila.telemetry.metrics import Metrics
 from nvila.video.arena import FrameArena
@@ -54,36 +51,13 @@ _log = logging.getLogger(__name__)
 
 _LOOK_EVERY_S = 1.0
 _SWEEP_EVERY_S = 60.0
-_LONGEST_HEADERS_BYTES = 32 << 10
 
 
 def main() -> None:
     settings = GatewaySettings.load()
     logs.configure("gateway", level=settings.log_level, style=settings.log_style)
     logging.getLogger("httpcore").setLevel(logging.WARNING)  # its debug lines hold whole addresses
-    traces = tracing.configure("gateway", version("nvila"))
-    config = uvicorn.Config(
-        build(settings),
-        host=settings.host,
-        port=settings.http_port,
-        loop="uvloop",
-        http=Http,  # strict about framing: no smuggling by two lengths
-        h11_max_incomplete_event_size=_LONGEST_HEADERS_BYTES,
-        timeout_keep_alive=75,
-        timeout_graceful_shutdown=max(1, round(settings.drain_s)),
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        proxy_headers=False,
-    )
-    # The server raises the signal that ended it once more, after its own handlers are gone; by default that would end
-    # the process before the last spans are sent.
-    for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, lambda *_: None)
-    try:
-        uvicorn.Server(config).run()
-    finally:
-        traces.shutdown()
+    serve(build(settings), "gateway", host=settings.host, port=settings.http_port, drain_s=settings.drain_s)
 
 
 def build(settings: GatewaySettings) -> FastAPI:

@@ -12,13 +12,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from importlib.metadata import version
 
-import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -32,6 +29,7 @@ from nvila.gateway.fetch import FetchLimits, MediaFetcher
 from nvila.gateway.files import FileStore
 from nvila.gateway.pipeline import Pipeline, PipelineLimits
 from nvila.gateway.scratch import Scratch
+from nvila.gateway.serve import serve
 from nvila.recordings.asking import Caller
 from nvila.recordings.camera import CameraLimits, CameraReader
 from nvila.recordings.chunks import IngestLimits
@@ -55,7 +53,7 @@ from nvila.recordings.webhooks import DeliverHandler, WebhookLimits, WebhookSend
 from nvila.recordings.when import WhenHandler
 from nvila.recordings.window import RecordingWindows
 from nvila.recordings.worker import Handler, Pool, Worker, WorkerLimits
-from nvila.telemetry import logs, names, tracing
+from nvila.telemetry import logs, names
 from nvila.telemetry.logs import fields
 from nvila.telemetry.metrics import CONTENT_TYPE, Metrics
 from nvila.video.arena import FrameArena
@@ -81,26 +79,7 @@ def main() -> None:
     logs.configure("recordings", level=settings.log_level, style=settings.log_style)
     logging.getLogger("httpcore").setLevel(logging.WARNING)  # its debug lines hold whole addresses
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    traces = tracing.configure("recordings", version("nvila"))
-    config = uvicorn.Config(
-        build(settings),
-        host=settings.host,
-        port=settings.http_port,
-        loop="uvloop",
-        http="h11",
-        timeout_graceful_shutdown=1,
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        proxy_headers=False,
-    )
-    # As in the gateway: the server raises the signal that ended it once more, which must not end the process early.
-    for ending in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(ending, lambda *_: None)
-    try:
-        uvicorn.Server(config).run()
-    finally:
-        traces.shutdown()
+    serve(build(settings), "recordings", host=settings.host, port=settings.http_port, drain_s=0)
 
 
 def build(settings: RecordingsSettings) -> Starlette:
