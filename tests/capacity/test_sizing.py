@@ -16,7 +16,9 @@ from nvila.capacity.plot import draw, nice_ticks
 from nvila.capacity.rules import DECODE_RAY, VISION
 from nvila.capacity.simulate import Plan, simulate
 from nvila.capacity.sizing import Assumptions, size_for_gpus, size_for_rate
+from nvila.decode.build import LONGEST_DEFAULT
 from nvila.errors import InvalidRequest, LimitExceeded
+from nvila.gateway.settings import GatewaySettings
 
 H100 = GPUS["h100"]
 
@@ -97,6 +99,7 @@ def test_a_model_that_does_not_fit_is_spread_or_refused() -> None:
         ("b.json", json.dumps({"requests": [{"t": 3, "kind": "text", "answer": 9}, {"t": 5, "frames": 64}]})),
         ("c.jsonl", '{"time_s": 5, "kind": "video", "tiles": 64}\n\n{"time_s": 3, "output_tokens": 9}\n'),
         ("d.csv", "time,kind,frames,prompt_tokens,answer_tokens\n5,video,64,,\n3,text,,,9\n"),
+        ("e.csv", "TIMESTAMP,NumFrames,GeneratedTokens\n2026-01-02 00:00:01.5,64,\n2026-01-01T23:59:59.5Z,,9\n"),
     ],
 )
 def test_traces_are_read_in_any_of_their_forms(tmp_path: Path, name: str, text: str) -> None:
@@ -119,6 +122,7 @@ def test_traces_are_read_in_any_of_their_forms(tmp_path: Path, name: str, text: 
         ('[{"time": NaN}]', "time is nan"),
         ('{"time": 1', "neither JSON nor JSON lines"),
         ("[3]", "3 is not an object"),
+        ('[{"time": 0}, {"time": 1e9}]', "spans 1,000,000,000 s"),
     ],
 )
 def test_a_wrong_trace_says_which_request_and_which_field(tmp_path: Path, text: str, said: str) -> None:
@@ -127,6 +131,37 @@ def test_a_wrong_trace_says_which_request_and_which_field(tmp_path: Path, text: 
     with pytest.raises(InvalidRequest) as caught:
         read_trace(tmp_path / "trace.json")
     assert said in caught.value.message
+
+
+def test_several_images_of_a_request_are_one_tile_each(tmp_path: Path) -> None:
+    (tmp_path / "trace.csv").write_text("time,num images\n0,1\n1,5\n2,0\n")
+
+    assert [one.ask for one in read_trace(tmp_path / "trace.csv")] == [
+        Ask(kind="image"),
+        Ask(kind="image", tiles=5),
+        Ask(kind="text"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ask", "said"),
+    [
+        (Ask(kind="video", frames=256), ""),
+        (Ask(kind="video", frames=300), "300 frames, at most 256"),
+        (Ask(answer_tokens=10_000), "10,000 tokens of answer, at most 8,192"),
+        (Ask(kind="image", tiles=10**12), "1,000,000,000,000 tiles"),
+        (Ask(prompt_tokens=40_000), "40,200 positions, at most 32,768"),
+    ],
+)
+def test_what_the_gateway_would_refuse_is_told(ask: Ask, said: str) -> None:
+    assert load.refusal(nvila_8b_video(), ask).startswith(said)
+    assert bool(load.refusal(nvila_8b_video(), ask)) is bool(said)
+
+
+def test_the_limits_are_the_programs_own() -> None:
+    assert GatewaySettings.model_fields["max_frames"].default == load.MOST_FRAMES
+    assert GatewaySettings.model_fields["max_answer_tokens"].default == load.MOST_ANSWER_TOKENS
+    assert load.MOST_POSITIONS == LONGEST_DEFAULT
 
 
 def test_the_examples_are_made_by_their_seed() -> None:

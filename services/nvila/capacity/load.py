@@ -5,8 +5,10 @@ from __future__ import annotations
 import csv
 import json
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,12 @@ DTYPE = TokenDtype.BFLOAT16
 """Of visual tokens in the cache; int8 halves their bytes."""
 CHUNK_FRAMES = 32
 """`gateway.settings.chunk_frames`."""
+MOST_FRAMES = 256
+"""`gateway.settings.max_frames`."""
+MOST_ANSWER_TOKENS = 8192
+"""`gateway.settings.max_answer_tokens`."""
+MOST_POSITIONS = 32_768
+"""What decode takes of a model that was made for more (`decode.settings.max_model_len`)."""
 KINDS = ("text", "image", "video")
 
 
@@ -83,6 +91,20 @@ def demand(config: NvilaConfig, ask: Ask) -> Demand:
     )
 
 
+def refusal(config: NvilaConfig, ask: Ask) -> str:
+    """Why the platform, with its default limits, refuses such a request before any work; empty when it takes it."""
+    most_frames = min(MOST_FRAMES, config.max_frames)
+    if ask.kind == "video" and ask.frames > most_frames:
+        return f"{ask.frames:,} frames, at most {most_frames:,} are taken"
+    if ask.answer_tokens > MOST_ANSWER_TOKENS:
+        return f"{ask.answer_tokens:,} tokens of answer, at most {MOST_ANSWER_TOKENS:,} are given"
+    longest = min(MOST_POSITIONS, config.max_positions)
+    if ask.tiles > longest:
+        return f"{ask.tiles:,} tiles, each of which takes one of {longest:,} positions at least"
+    positions = demand(config, ask).positions + ask.answer_tokens
+    return f"{positions:,} positions, at most {longest:,} fit" if positions > longest else ""
+
+
 # -- mixes ------------------------------------------------------------------------------------------------------------
 
 
@@ -133,16 +155,18 @@ class Arrival:
 
 
 _FIELDS = {
-    "at_s": ("time", "time_s", "at_s", "t", "timestamp", "arrival_s"),
+    "at_s": ("time", "time_s", "at_s", "t", "timestamp", "arrival_s", "arrived_at"),
     "kind": ("kind", "type", "media"),
     "frames": ("frames", "num_frames"),
     "tiles": ("tiles",),
-    "prompt_tokens": ("prompt_tokens", "prompt", "input_tokens"),
-    "answer_tokens": ("answer_tokens", "answer", "output_tokens", "max_tokens"),
+    "images": ("images", "num_images"),
+    "prompt_tokens": ("prompt_tokens", "prompt", "input_tokens", "context_tokens", "input_length"),
+    "answer_tokens": ("answer_tokens", "answer", "output_tokens", "max_tokens", "generated_tokens", "output_length"),
     "reused": ("reused", "cached"),
 }
-"""Names that a trace's columns may have; the first is ours."""
-_NUMBERS = ("frames", "tiles", "prompt_tokens", "answer_tokens")
+"""Names that a trace's columns may have, however they are capitalised and joined; the first is ours."""
+_NUMBERS = ("frames", "tiles", "images", "prompt_tokens", "answer_tokens")
+_LONGEST_TRACE_S = 31 * 24 * 3600.0
 _TRUE = ("1", "true", "yes")
 
 
@@ -150,8 +174,8 @@ def read_trace(path: Path) -> list[Arrival]:
     """Arrivals in order, times counted from the first.
 
     A file of JSON (a list, or `{"requests": […]}`), JSON lines, or CSV with a header, one request per row: `time`
-    (seconds), `kind` (text, image, video), `frames` or `tiles`, `prompt_tokens` (text only), `answer_tokens`, `reused`.
-    Raises `InvalidRequest` naming row and field.
+    (seconds, or a date with time), `kind` (text, image, video), `frames`, `images` or `tiles`, `prompt_tokens` (text
+    only), `answer_tokens`, `reused`. Raises `InvalidRequest` naming row and field.
     """
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -161,6 +185,12 @@ def read_trace(path: Path) -> list[Arrival]:
     if not rows:
         raise InvalidRequest(f"{path} holds no request")
     arrivals = sorted((_arrival(path, number, row) for number, row in enumerate(rows, 1)), key=lambda one: one.at_s)
+    length_s = arrivals[-1].at_s - arrivals[0].at_s
+    if length_s > _LONGEST_TRACE_S:
+        raise InvalidRequest(
+            f"{path} spans {length_s:,.0f} s, at most {_LONGEST_TRACE_S:,.0f} (31 days) are replayed; "
+            "are its times in other units than seconds?"
+        )
     return [Arrival(one.at_s - arrivals[0].at_s, one.ask) for one in arrivals]
 
 
@@ -184,23 +214,43 @@ def _rows(path: Path, text: str) -> Sequence[Any]:
 def _arrival(path: Path, number: int, row: Any) -> Arrival:
     if not isinstance(row, Mapping):
         raise InvalidRequest(f"{path}, request {number}: {row!r} is not an object")
-    given = {name: _find(row, names) for name, names in _FIELDS.items()}
+    named = {_folded(str(name)): value for name, value in row.items() if value not in (None, "")}
+    given = {name: _find(named, names) for name, names in _FIELDS.items()}
     if given["at_s"] is None:
         raise InvalidRequest(f"{path}, request {number} has no `time` (seconds)")
     numbers = {name: int(_number(path, number, name, given[name])) for name in _NUMBERS if given[name] is not None}
-    kind = str(given["kind"] or ("video" if numbers.get("frames") else "image" if numbers.get("tiles") else "text"))
+    images = numbers.pop("images", 0)
+    if images > 1:
+        numbers.setdefault("tiles", images)  # several images of one prompt are one tile each
+    kind = str(
+        given["kind"] or ("video" if numbers.get("frames") else "image" if images or numbers.get("tiles") else "text")
+    )
     kind = kind.strip().lower()
     if kind not in KINDS:
         raise InvalidRequest(f"{path}, request {number}: kind {kind!r}; known are {', '.join(KINDS)}")
     if kind == "video" and numbers.get("tiles") and not numbers.get("frames"):
         numbers["frames"] = numbers.pop("tiles")  # a frame is a tile
     reused = str(given["reused"] or "").strip().lower() in _TRUE
-    return Arrival(_number(path, number, "time", given["at_s"]), Ask(kind=kind, reused=reused, **numbers))
+    return Arrival(_time_s(path, number, given["at_s"]), Ask(kind=kind, reused=reused, **numbers))
+
+
+def _folded(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).lower()
 
 
 def _find(row: Mapping[str, Any], names: Iterable[str]) -> Any:
-    found = (row[name] for name in names if row.get(name) not in (None, ""))
-    return next(found, None)
+    return next((row[_folded(name)] for name in names if _folded(name) in row), None)
+
+
+def _time_s(path: Path, number: int, value: Any) -> float:
+    """Seconds since the trace's own beginning of time; a date without zone is UTC's."""
+    try:
+        moment = datetime.fromisoformat(value) if isinstance(value, str) and "-" in value[1:] else None
+    except ValueError:
+        moment = None
+    if moment is None:
+        return _number(path, number, "time", value)
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 def _number(path: Path, number: int, name: str, value: Any) -> float:

@@ -265,7 +265,12 @@ def _simulate(args: argparse.Namespace) -> None:
     if (args.trace is None) == (args.example is None):
         raise InvalidRequest(f"one of a trace file and --example ({', '.join(EXAMPLES)}) is needed")
     name = args.example or args.trace.name
-    arrivals = EXAMPLES[args.example](args.seed, args.scale) if args.example else load.read_trace(args.trace)
+    asked = EXAMPLES[args.example](args.seed, args.scale) if args.example else load.read_trace(args.trace)
+    refusals = [load.refusal(config, arrival.ask) for arrival in asked]
+    arrivals = [arrival for arrival, refusal in zip(asked, refusals, strict=True) if not refusal]
+    refused = [refusal for refusal in refusals if refusal]
+    if not arrivals:
+        raise InvalidRequest(f"{name} holds no request that would be taken" + (f": {refused[0]}" if refused else ""))
     kinds = [(1 / len(arrivals), arrival.ask) for arrival in arrivals[:: max(1, len(arrivals) // 2000)]]
     mix = Mix(name, "", tuple((1 / len(kinds), ask) for _, ask in kinds))
     rates = sizing.rates_for(
@@ -273,7 +278,7 @@ def _simulate(args: argparse.Namespace) -> None:
     )
     plan = _plan(args)
     record = simulate(config, rates, arrivals, plan)
-    report = _report(record, name, plan)
+    report = _report(record, name, plan) | {"refused": len(refused)}
     if args.png:
         subtitle = (
             f"{config.name}, {_gpus_text(vision, decode)}: {rates.tiles_per_s:,.0f} tiles/s, "
@@ -287,6 +292,8 @@ def _simulate(args: argparse.Namespace) -> None:
         show.print_json(report)
     else:
         _print_report(report)
+        if refused:
+            print(f"\nleft out, because it would be refused at the door: {len(refused):,}, the first for {refused[0]}")
 
 
 def _plan(args: argparse.Namespace) -> Plan:
