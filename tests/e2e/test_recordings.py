@@ -207,6 +207,35 @@ async def test_a_summary_that_is_killed_says_what_an_undisturbed_one_says(
     assert killed["result"] == undisturbed["result"]
 
 
+async def test_a_decode_service_that_is_killed_changes_neither_a_summary_nor_what_is_taken_in(
+    client: openai.AsyncOpenAI, http: httpx.AsyncClient, stack: RunningStack, footage: Path
+) -> None:
+    file_id = await upload(client, footage)
+    recording = await add(http, file_id)
+    await complete(http, recording)
+    policy = {"fps": 2.25, "gate": False}  # as above: a rate of its own
+    taken_in = await add(http, file_id, **policy)
+    answer = await http.post("/v1/jobs", json={"kind": "summary", "recording": recording})
+    job = answer.json()["id"]
+    async with asyncio.timeout(60):
+        while not (await http.get(f"/v1/jobs/{job}")).json()["progress"]:
+            await asyncio.sleep(0.02)
+    os.kill(part_pid(stack, "decode"), signal.SIGKILL)
+    through = await complete(http, taken_in)
+    killed = await over(http, job)
+    await until_ready(http)
+
+    undisturbed = await done(http, "summary", recording)
+    assert killed["result"] == undisturbed["result"]
+    told = [json.loads(line) for line in (await http.get(f"/v1/jobs/{job}/results")).text.splitlines()]
+    seen = [one["chunk"] for one in told if one["kind"] == "chunk"]
+    assert sorted(seen) == sorted(set(seen)) == list(range(len(await chunks(http, recording))))
+    again = await complete(http, await add(http, file_id, **policy))
+    assert await chunks(http, taken_in) == await chunks(http, again["id"])
+    assert through["counters"]["frames_sampled"] == again["counters"]["frames_sampled"]
+    assert again["counters"]["frames_encoded"] == 0
+
+
 async def test_a_deleted_recording_is_gone_at_once(
     client: openai.AsyncOpenAI, http: httpx.AsyncClient, footage: Path
 ) -> None:
