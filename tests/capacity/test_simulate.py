@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from functools import cache
@@ -9,7 +10,7 @@ from functools import cache
 import pytest
 
 from nvila.capacity.hardware import GPUS, throughput
-from nvila.capacity.load import EXAMPLES, Arrival, Ask
+from nvila.capacity.load import EXAMPLES, Arrival, Ask, poisson
 from nvila.capacity.models import nvila_8b_video
 from nvila.capacity.rules import DECODE_KEDA, DECODE_RAY, VISION
 from nvila.capacity.simulate import Plan, Record, simulate
@@ -47,6 +48,19 @@ def test_a_swing_of_the_load_costs_a_stated_number_of_scale_events(example: str,
     for pool in (record.vision, record.decode):
         assert len(pool.events) <= 2 * EVENTS_PER_SWING
         assert pool.turns <= 2 * TURNS_PER_SWING
+
+
+@pytest.mark.parametrize("scaler", PLANS)
+def test_a_steady_load_between_two_sizes_alternates_no_faster_than_the_window(scaler: str) -> None:
+    asks = (Ask(kind="image"), Ask(kind="video", frames=64), Ask(prompt_tokens=800, answer_tokens=400))
+    arrivals = poisson(3600, [(lambda _: 2.0, ask) for ask in asks], seed=5)
+
+    record = simulate(MODEL, RATES, arrivals, PLANS[scaler])
+
+    assert record.lost == 0
+    for pool, rules in ((record.vision, PLANS[scaler].vision), (record.decode, PLANS[scaler].decode)):
+        for (grown_s, before, after), (later_s, then, finally_) in itertools.pairwise(pool.events):
+            assert not (after > before and finally_ < then) or later_s - grown_s >= rules.down_stabilization_s
 
 
 @pytest.mark.parametrize("scaler", PLANS)
