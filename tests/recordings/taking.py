@@ -15,7 +15,7 @@ from blake3 import blake3
 from nvila.cache.codec import RecordFormat
 from nvila.cache.store import Lease
 from nvila.capacity.models import nvila_8b_video
-from nvila.errors import NvilaError
+from nvila.errors import NvilaError, Unavailable
 from nvila.model.config import NvilaConfig
 from nvila.recordings.chunks import IngestLimits
 from nvila.recordings.cold import ColdStore
@@ -74,11 +74,13 @@ class Hot:
 
 
 class Vision:
-    """Tokens made of the frames' mean colour. `failures` are raised first, one a call; `gate` holds calls back."""
+    """Tokens made of the frames' mean colour. `failures` are raised first, one a call; `gate` holds calls back, and
+    while it `is_away` there are no answers."""
 
     def __init__(self, hot: Hot, failures: Iterable[NvilaError] = ()) -> None:
         self._hot = hot
         self.failures = list(failures)
+        self.is_away = False
         self.frames = 0
         self.calls = 0
         self.most_at_once = self._at_once = 0
@@ -94,6 +96,8 @@ class Vision:
         try:
             await self.gate.wait()
             await asyncio.sleep(0)
+            if self.is_away:
+                raise Unavailable("the vision service is not ready")
             if self.failures:
                 raise self.failures.pop(0)
         finally:

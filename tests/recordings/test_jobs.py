@@ -184,6 +184,38 @@ async def test_a_cancelled_job_whose_worker_died_is_over_when_its_lease_is(jobs:
     assert (await jobs.get(job.id, tenant="acme")).state is JobState.CANCELLED
 
 
+@pytest.mark.parametrize(
+    ("kind", "state", "code"),
+    [(SourceKind.FILE, RecordingState.FAILED, "cancelled"), (SourceKind.RTSP, RecordingState.COMPLETE, "")],
+)
+async def test_an_ingest_that_is_cancelled_before_it_began_shows_in_its_recording(
+    jobs: JobStore, store: RecordingStore, kind: SourceKind, state: RecordingState, code: str
+) -> None:
+    recording = made.recording(kind=kind)
+    job = await made.submit(jobs, kind=JobKind.INGEST, recording=recording)
+
+    await jobs.cancel(job.id, tenant="acme")
+
+    shown = await store.get(recording.id, tenant="acme")
+    assert (shown.state, shown.error_code) == (state, code)
+
+
+async def test_an_ingest_that_killed_its_workers_fails_its_recording(
+    jobs: JobStore, store: RecordingStore, clock: Clock
+) -> None:
+    recording = made.recording()
+    job = await made.submit(jobs, kind=JobKind.INGEST, recording=recording, max_attempts=2)
+    for _ in range(2):
+        await made.claim(jobs)
+        clock.now += 60
+        await jobs.reap()
+
+    assert (await jobs.get(job.id, tenant="acme")).state is JobState.FAILED
+    shown = await store.get(recording.id, tenant="acme")
+    assert (shown.state, shown.error_code) == (RecordingState.FAILED, "unavailable")
+    assert "2 times in a row" in shown.error
+
+
 async def test_a_cancelled_job_is_not_tried_again(jobs: JobStore) -> None:
     for leave in ("fail", "release"):
         job = await made.submit(jobs)

@@ -213,6 +213,63 @@ async def test_a_backlog_leaves_the_oldest_chunks_out_and_counts_them(taking: Ta
     await asyncio.wait({work})
 
 
+async def taken(show: Show, pieces: int) -> None:
+    async with asyncio.timeout(30):
+        while len(show.taken) < pieces:
+            await asyncio.sleep(0.02)
+
+
+async def until_it_waits(taking: Taking, recording_id: str) -> Recording:
+    async with asyncio.timeout(10):
+        while not (recording := await taking.shelf.get(recording_id, tenant="acme")).error_code:
+            await asyncio.sleep(0.02)
+    return recording
+
+
+async def test_an_outage_of_the_vision_service_makes_no_gap(taking: Taking, show: Show, clock: Clock) -> None:
+    taking.limits = IngestLimits(window=1, backlog_s=20.0)
+    taking.vision.is_away = True
+    recording_id, work = await run(taking, clock)
+    for number in range(8):
+        show.piece(number * 8, 8, is_new=number == 0)
+    await taken(show, 8)
+    recording = await until_it_waits(taking, recording_id)
+    assert (recording.state, recording.error_code) == (RecordingState.LIVE, "unavailable")
+    assert recording.counters.chunks == 0
+    taking.vision.is_away = False
+    recording = await until(taking, recording_id, 7)
+    show.piece(64, 8)
+    show.end()
+    await work
+    recording = await taking.shelf.get(recording_id, tenant="acme")
+    chunks = await taking.shelf.chunks(recording_id)
+    assert [chunk.number for chunk in chunks] == list(range(9))
+    assert not [gap for chunk in chunks for gap in chunk.gaps]
+    assert (recording.counters.frames_dropped, recording.counters.reconnects) == (0, 0)
+    assert (recording.state, recording.error_code) == (RecordingState.COMPLETE, "")
+
+
+async def test_of_a_long_outage_the_oldest_footage_is_left_out_and_counted(
+    taking: Taking, show: Show, clock: Clock
+) -> None:
+    taking.limits = IngestLimits(window=1, backlog_s=10.0, outage_s=40.0)
+    taking.vision.is_away = True
+    recording_id, work = await run(taking, clock)
+    for number in range(12):
+        show.piece(number * 8, 8, is_new=number == 0)
+    await taken(show, 12)
+    await until_it_waits(taking, recording_id)
+    taking.vision.is_away = False
+    recording = await until(taking, recording_id, 12)
+    chunks = await taking.shelf.chunks(recording_id)
+    left_out = [chunk.number for chunk in chunks if not chunk.groups]
+    assert left_out
+    assert max(left_out) == 5, "48 s behind is left out, 40 s is not"
+    assert recording.counters.frames_dropped == 8 * len(left_out)
+    work.cancel()
+    await asyncio.wait({work})
+
+
 async def test_a_worker_that_takes_over_goes_on_with_the_same_recording(
     taking: Taking, show: Show, clock: Clock
 ) -> None:
@@ -316,6 +373,61 @@ async def test_pushed_pieces_become_a_recording_that_ends(taking: Taking, tmp_pa
     recording = await taking.shelf.get(recording_id, tenant="acme")
     assert (recording.state, recording.duration_s) == (RecordingState.COMPLETE, 12.0)
     assert inbox.pieces(recording_id) == []
+
+
+def push(inbox: Inbox, recording_id: str, folder: Path, numbers: range, *, end: bool = False) -> None:
+    """Pieces of 8 s each."""
+    with inbox.writing(recording_id) as writer:
+        for number in numbers:
+            path = write_clip(folder / f"pushed-{number}.ts", 8.0, seed=number).rename(writer.new_path())
+            writer.add(path, "ts", 1_800_000_000.0 + 8 * number)
+        if end:
+            writer.end()
+
+
+async def test_a_client_that_pushes_faster_than_is_taken_in_is_held_back_and_loses_nothing(
+    taking: Taking, tmp_path: Path
+) -> None:
+    inbox = Inbox(tmp_path)
+    taking.live = LiveSources({SourceKind.PUSH: PushedReader(inbox)})  # type: ignore[assignment]  # the real one
+    taking.limits = IngestLimits(window=1, backlog_s=10.0)
+    taking.vision.gate.clear()
+    recording_id = await taking.submit(None, _POLICY, kind=SourceKind.PUSH)
+    push(inbox, recording_id, tmp_path, range(10), end=True)
+    claim = await taking.claim()
+    work: asyncio.Future[object] = asyncio.ensure_future(taking.handler()(claim))
+    async with asyncio.timeout(10):
+        while taking.vision.calls == 0 or len(inbox.pieces(recording_id)) == 10:
+            await asyncio.sleep(0.02)
+    await asyncio.sleep(1.0)
+    assert len(inbox.pieces(recording_id)) >= 4, "the rest waits where the client put it"
+    taking.vision.gate.set()
+    await work
+    chunks = await taking.shelf.chunks(recording_id)
+    assert [chunk.number for chunk in chunks] == list(range(10))
+    assert not [gap for chunk in chunks for gap in chunk.gaps]
+    assert inbox.pieces(recording_id) == []
+
+
+async def test_what_was_pushed_while_no_worker_was_there_is_no_gap(
+    taking: Taking, clock: Clock, tmp_path: Path
+) -> None:
+    inbox = Inbox(tmp_path)
+    taking.live = LiveSources({SourceKind.PUSH: PushedReader(inbox)})  # type: ignore[assignment]  # the real one
+    recording_id = await taking.submit(None, _POLICY, kind=SourceKind.PUSH)
+    push(inbox, recording_id, tmp_path, range(2))
+    claim = await taking.claim()
+    work: asyncio.Future[object] = asyncio.ensure_future(taking.handler(clock)(claim))
+    await until(taking, recording_id, 1)
+    work.cancel()
+    await asyncio.wait({work})
+    await claim.release()
+    push(inbox, recording_id, tmp_path, range(2, 5), end=True)
+    clock.now += 3600
+    await taking.handler(clock)(await taking.claim())
+    chunks = await taking.shelf.chunks(recording_id)
+    assert [chunk.number for chunk in chunks] == list(range(5))
+    assert not [gap for chunk in chunks for gap in chunk.gaps]
 
 
 async def test_a_real_camera_with_a_drop_becomes_chunks_with_a_gap(taking: Taking, tmp_path: Path) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 
 from nvila.errors import InvalidRequest, Overloaded, Unavailable
+from nvila.recordings.database import Database
 from nvila.recordings.jobs import Claim, JobStore
 from nvila.recordings.store import RecordingStore
 from nvila.recordings.types import Job, JobKind, JobState, RecordingState, SourceKind
@@ -294,3 +295,56 @@ async def test_a_recording_whose_ingest_died_waits_again_when_it_is_retried(
     await jobs.retry_dead(job.id, tenant="acme")
 
     assert await store.get(recording.id, tenant="acme") == recording
+
+
+class Failing(JobStore):
+    """Jobs in a database that does not answer while `is_away`."""
+
+    is_away = False
+
+    async def claim(self, worker: str, kinds: Collection[JobKind], lease_s: float) -> Claim | None:
+        if self.is_away:
+            raise Unavailable("the database does not answer")
+        return await super().claim(worker, kinds, lease_s)
+
+    async def interrupted(self, claims: Iterable[Claim]) -> Mapping[str, bool]:
+        if self.is_away:
+            raise Unavailable("the database does not answer")
+        return await super().interrupted(claims)
+
+
+async def test_a_worker_does_not_take_its_own_job_away_when_the_database_comes_back(
+    database: Database, clock: Clock
+) -> None:
+    jobs, handler = Failing(database, clock=clock), Waiting()
+    async with working(jobs, handler, limits(lease_s=0.4)):
+        job = await made.submit(jobs)
+        await asyncio.wait_for(handler.begun.wait(), PATIENCE_S)
+        jobs.is_away = True
+        await asyncio.sleep(0.5)
+        clock.now += 1
+        jobs.is_away = False
+        await asyncio.sleep(0.3)
+        handler.let_go.set()
+        done = await until(jobs, job, lambda now: now.state.is_over)
+
+    assert (done.state, done.result, done.attempt) == (JobState.DONE, {"fence": 1}, 1)
+
+
+async def test_a_claim_that_breaks_does_not_end_the_worker(database: Database, clock: Clock) -> None:
+    class Breaking(JobStore):
+        left = 3
+
+        async def claim(self, worker: str, kinds: Collection[JobKind], lease_s: float) -> Claim | None:
+            self.left -= 1
+            if self.left >= 0:
+                raise ValueError("nobody foresaw this")
+            return await super().claim(worker, kinds, lease_s)
+
+    async def handle(claim: Claim) -> Mapping[str, Any]:
+        return {}
+
+    jobs = Breaking(database, clock=clock)
+    async with working(jobs, handle, limits()):
+        job = await made.submit(jobs)
+        assert (await until(jobs, job, lambda now: now.state.is_over)).state is JobState.DONE

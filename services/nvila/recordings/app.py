@@ -30,6 +30,7 @@ from nvila.gateway.files import FileStore
 from nvila.gateway.pipeline import Pipeline, PipelineLimits
 from nvila.gateway.scratch import Scratch
 from nvila.gateway.serve import serve
+from nvila.gateway.tls import channel_credentials
 from nvila.recordings.asking import Caller
 from nvila.recordings.camera import CameraLimits, CameraReader
 from nvila.recordings.chunks import IngestLimits
@@ -163,9 +164,10 @@ async def _open(settings: RecordingsSettings, metrics: Metrics, health: Health, 
     opened.push_async_callback(pool.aclose)
     hot = TokenStore.open(settings.redis_url, metrics, ttl_s=settings.cache_ttl_s)
     opened.push_async_callback(hot.close)
-    vision = VisionClient(settings.vision_url)
+    credentials = channel_credentials(settings.backend_tls_dir)
+    vision = VisionClient(settings.vision_url, credentials=credentials)
     opened.push_async_callback(vision.close)
-    decoder = DecodeClient(settings.decode_target)
+    decoder = DecodeClient(settings.decode_target, credentials=credentials)
     opened.push_async_callback(decoder.close)
 
     encoder = GroupEncoder(cold, hot, vision, recovery_s=settings.recovery_s)
@@ -202,6 +204,7 @@ async def _open(settings: RecordingsSettings, metrics: Metrics, health: Health, 
                 window=settings.group_window,
                 fetch_timeout_s=settings.fetch_timeout_s,
                 backlog_s=settings.backlog_s,
+                outage_s=settings.outage_s,
                 footage_s=settings.keep_footage_s,
             ),
         ),

@@ -14,7 +14,7 @@ import asyncio
 import io
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -24,11 +24,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nvila.errors import InvalidMedia, LimitExceeded, NvilaError
+from nvila.errors import DeadlineExceeded, InvalidMedia, LimitExceeded, NvilaError, Overloaded, Unavailable
 from nvila.recordings import cut
 from nvila.recordings.cold import ColdStore
 from nvila.recordings.cut import PlannedChunk, PlannedGroup
-from nvila.recordings.encode import Fate, Frames, GroupEncoder, Model, mean_token, unit_vector
+from nvila.recordings.encode import Fate, Found, Frames, GroupEncoder, Model, mean_token, unit_vector
 from nvila.recordings.gate import Gate, Reference, reference_of
 from nvila.recordings.jobs import Claim
 from nvila.recordings.types import Counters, Group, RecordedChunk, Recording
@@ -70,9 +70,9 @@ class IngestLimits:
     beyond, others are given back. `window`: groups in memory at a time. `group_timeout_s`: for decoding and encoding
     one group. `probe_timeout_s`: for reading a file's headers, which for hours of video are many. `fetch_timeout_s`:
     for a source's bytes. `backlog_s`: footage of a live source that may wait; beyond, the oldest chunks that wait are
-    left out, counted. `late_s`: while a live source is away, how long after the fact footage may still come: a piece is
-    complete only at its last frame. `footage_s`: how long a live source's own files are kept, so that lost tokens can
-    be made again."""
+    left out, counted. `outage_s`: the same after a service was away, until what waited for it is taken in. `late_s`:
+    while a live source is away, how long after the fact footage may still come: a piece is complete only at its last
+    frame. `footage_s`: how long a live source's own files are kept, so that lost tokens can be made again."""
 
     capacity: float = 2.0
     window: int = 4
@@ -80,6 +80,7 @@ class IngestLimits:
     probe_timeout_s: float = 120.0
     fetch_timeout_s: float = 3600.0
     backlog_s: float = 120.0
+    outage_s: float = 3600.0
     late_s: float = 30.0
     footage_s: float = 24 * 3600.0
 
@@ -135,7 +136,8 @@ class StageSeconds:
 @dataclass(kw_only=True, eq=False)
 class ChunkIngest:
     """Takes in the chunks of one recording. `segments`: files by number, filled by its user before a chunk that needs
-    one is given. `gap_reason`: what is said of time without footage."""
+    one is given. `gap_reason`: what is said of time without footage. `wait_out`: waits a while for a service that is
+    away, and then what needs it is tried again; None: its error ends the attempt."""
 
     recording: Recording
     claim: Claim
@@ -145,6 +147,7 @@ class ChunkIngest:
     metrics: MetricSink
     limits: IngestLimits
     gap_reason: str = NO_FOOTAGE
+    wait_out: Callable[[NvilaError], Awaitable[None]] | None = None
     segments: dict[int, OpenSegment] = field(default_factory=dict)
     seconds: StageSeconds = field(default_factory=StageSeconds)
 
@@ -188,6 +191,16 @@ class ChunkIngest:
         except BaseExceptionGroup as group_of_errors:
             raise _first_of(group_of_errors) from None
 
+    async def patiently(self, work: Callable[[], Awaitable[T]]) -> T:
+        """Do it, again and again while what it needs is away and that can be waited out."""
+        while True:
+            try:
+                return await work()
+            except (Unavailable, Overloaded, DeadlineExceeded) as error:
+                if self.wait_out is None:
+                    raise
+                await self.wait_out(error)
+
     # -- one group
 
     async def _take(
@@ -198,13 +211,15 @@ class ChunkIngest:
         *,
         wants_thumbnail: bool,
     ) -> _Taken:
-        deadline = Deadline.after(self.limits.group_timeout_s)
         segment = self.segments[planned.segment]
         try:
             async with AsyncExitStack() as held:
                 began = time.perf_counter()
+                chunk: Chunk | None
                 try:
-                    chunk = await held.enter_async_context(self._decoded(segment.path, planned.indices, deadline))
+                    chunk = await self.patiently(
+                        lambda: held.enter_async_context(self._decoded(segment.path, planned.indices))
+                    )
                 except (InvalidMedia, LimitExceeded) as error:  # these frames kill a decoder: a stretch without, no end
                     _log.warning("a group cannot be decoded", extra=fields(reason=error.message))
                     chunk = None
@@ -215,12 +230,12 @@ class ChunkIngest:
                     return _corrupt(planned)
                 group, lost_s = _timed(planned, chunk, segment.start_s)
                 thumbnail = await asyncio.to_thread(_thumbnail, chunk, segment.info) if wants_thumbnail else b""
-                taken = await self._decide(chunk, group, next_turn, deadline)
+                taken = await self._decide(chunk, group, next_turn)
                 return replace(taken, lost_s=lost_s, thumbnail=thumbnail)
         finally:
             self._room.release()
 
-    async def _decide(self, chunk: Chunk, group: Group, next_turn: asyncio.Future[None], deadline: Deadline) -> _Taken:
+    async def _decide(self, chunk: Chunk, group: Group, next_turn: asyncio.Future[None]) -> _Taken:
         """Whether the group is static, in its turn; the next one's turn comes before this one is encoded."""
         began = time.perf_counter()
         is_static = self.recording.policy.gate and await asyncio.to_thread(
@@ -235,25 +250,24 @@ class ChunkIngest:
         mean: asyncio.Future[NDArray[np.float32]] = asyncio.get_running_loop().create_future()
         self._shown = _Shown(ref, mean)
         next_turn.set_result(None)
-        began = time.perf_counter()
         with tracing.span("recordings.group", nvila__chunk__frames=len(chunk.frames_FHWC)):
-            found = await self.encoder.tokens(chunk, ref, self.model, deadline)
-        self.seconds.encode += found.encode_s
-        self.seconds.keep += time.perf_counter() - began - found.encode_s
+            found = await self.patiently(lambda: self._tokens(chunk, ref))
         mean.set_result(await asyncio.to_thread(mean_token, found.tokens))
         return _Taken(group=replace(group, ref=ref), fate=found.fate, mean=mean.result(), bytes_cold=found.bytes_cold)
 
-    def _decoded(
-        self, path: Path, indices: tuple[int, ...], deadline: Deadline | None = None
-    ) -> AbstractAsyncContextManager[Chunk]:
-        return self.frames.decode(
-            path,
-            MediaKind.VIDEO,
-            FrameRun(indices=indices),
-            self.model.config.tile_px,
-            self.model.group,
-            deadline or Deadline.after(self.limits.group_timeout_s),
-        )
+    async def _tokens(self, chunk: Chunk, ref: TokensRef) -> Found:
+        began = time.perf_counter()
+        found = await self.encoder.tokens(chunk, ref, self.model, self._deadline())
+        self.seconds.encode += found.encode_s
+        self.seconds.keep += time.perf_counter() - began - found.encode_s
+        return found
+
+    def _decoded(self, path: Path, indices: tuple[int, ...]) -> AbstractAsyncContextManager[Chunk]:
+        run, tile_px = FrameRun(indices=indices), self.model.config.tile_px
+        return self.frames.decode(path, MediaKind.VIDEO, run, tile_px, self.model.group, self._deadline())
+
+    def _deadline(self) -> Deadline:
+        return Deadline.after(self.limits.group_timeout_s)
 
     def _spent(self, stage: str, began: float) -> None:
         seconds = time.perf_counter() - began
@@ -273,7 +287,7 @@ class ChunkIngest:
 
     async def _write(self, planned: PlannedChunk, taken: list[_Taken]) -> None:
         if planned.is_left_out:
-            await write_chunk(self.claim, *_left_out(self.recording, planned))
+            await self.patiently(lambda: write_chunk(self.claim, *_left_out(self.recording, planned)))
             self.metrics.add(names.RECORDED_FRAMES, sum(len(g.indices) for g in planned.groups), fate="dropped")
             return
         fps = self.recording.policy.fps
@@ -293,7 +307,7 @@ class ChunkIngest:
             thumbnail=next((one.thumbnail for one in taken if one.thumbnail), b""),
         )
         counters = _counted(planned, taken)
-        await write_chunk(self.claim, chunk, counters)
+        await self.patiently(lambda: write_chunk(self.claim, chunk, counters))
         for fate in Fate:
             count = sum(len(one.group.times_s) for one in taken if one.fate is fate)
             self.metrics.add(names.RECORDED_FRAMES, count, fate=fate.value)

@@ -228,6 +228,7 @@ class _Reading:
                 captured_at=at,
                 taken=lambda path=path: path.unlink(missing_ok=True),  # type: ignore[misc]  # bound now
                 is_new_session=is_new_session,
+                can_wait=playlist.is_ended,
             )
             is_new_session = False
         self.is_ended = playlist.is_ended

@@ -4,7 +4,11 @@ A file is kept once (a second name for an upload's bytes on the same disk), prob
 where the chunks in the database end. A live source runs two things side by side: a *feeder* that keeps each piece of
 footage as it comes, and the taking in, chunk after chunk, as far as the footage reaches. While the source is away the
 clock runs on, so chunks of gaps are written; when taking in falls behind by more than `backlog_s`, the oldest chunks
-that wait are left out, counted and told as gaps.
+that wait are left out, counted and told as gaps. A source that can wait itself is held back instead.
+
+A service that is away does not end the attempt at a live source, which would let go of the camera: footage is kept on,
+and up to `outage_s` of it is taken in once the service is back. A file waits by itself, so there the attempt ends and
+another one goes on.
 """
 
 from __future__ import annotations
@@ -15,14 +19,15 @@ import math
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
-from contextlib import AsyncExitStack, aclosing
-from dataclasses import asdict, replace
+from contextlib import AsyncExitStack, aclosing, suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 from blake3 import blake3
 
-from nvila.errors import InvalidMedia, InvalidRequest, NotFound, NvilaError, Overloaded
+from nvila.errors import InvalidMedia, InvalidRequest, NotFound, NvilaError, Overloaded, Unavailable
 from nvila.recordings import cut
 from nvila.recordings.chunks import NO_FOOTAGE, ChunkIngest, IngestLimits, MetricSink, OpenSegment, last_encoded
 from nvila.recordings.cold import ColdStore
@@ -35,6 +40,7 @@ from nvila.recordings.types import Counters, Recording, RecordingState, Segment
 from nvila.telemetry import names
 from nvila.telemetry.logs import fields
 from nvila.types import Deadline, MediaKind
+from nvila.video.media import MediaInfo
 
 _log = logging.getLogger(__name__)
 
@@ -45,6 +51,10 @@ _DROP_KEYS_AT_ONCE = 500
 _CHUNKS_ON_THE_WAY = 6
 """No more chunks than this are planned and not written yet (chunks.py)."""
 _LOOK_EVERY_S = 1.0
+_TRY_AGAIN_S = 2.0
+_SLACK_S = 3600.0
+"""Footage that is older than it is to be kept may have been left by a worker that was killed: so much of it is looked
+for."""
 _FULL_PAUSE_S = 15.0
 
 
@@ -62,6 +72,7 @@ class LiveLoad:
     def __init__(self, capacity: float) -> None:
         self._capacity = capacity
         self._sources: dict[str, tuple[float, float]] = {}
+        self._lags: dict[str, float] = {}
 
     def refusal(self) -> str:
         """Why no other live source can be taken; empty when one can."""
@@ -76,8 +87,14 @@ class LiveLoad:
     def measured(self, recording_id: str, work_s: float, footage_s: float) -> None:
         self._sources[recording_id] = (work_s, footage_s)
 
+    def waits(self, recording_id: str, lag_s: float) -> float:
+        """Note how much footage of a source waits; returns the most of any."""
+        self._lags[recording_id] = max(0.0, lag_s)
+        return max(self._lags.values())
+
     def forget(self, recording_id: str) -> None:
         self._sources.pop(recording_id, None)
+        self._lags.pop(recording_id, None)
 
 
 class IngestHandler:
@@ -210,30 +227,38 @@ class _LiveIngest:
         self._ingest = ingest
         self._recording = ingest.recording
         self._claim = ingest.claim
-        self._footage: list[cut.Footage] = []
+        self._films: dict[int, _Film] = {}
         self._opened: dict[int, AsyncExitStack] = {}
         self._kept: deque[Segment] = deque()
         self._captured_at = ingest.recording.captured_at
         self._reach_s = 0.0
+        self._wanted_s = 0.0
         self._next_segment = 0
+        self._trouble: NvilaError | None = None
+        self._was_held_up = False
+        self._can_wait = False
         self._is_away = False
         self._is_ended = False
         self._news = asyncio.Event()
+        ingest.wait_out = self._wait_out
 
     async def run(self) -> None:
-        segments = await self._services._shelf.segments(self._recording.id)
-        first = await self._services.go_on(self._ingest)
-        begin_s, _ = cut.chunk_span(self._recording.policy, first)
-        self._next_segment = len(segments)
-        self._kept.extend(segments)
-        self._is_away = bool(segments)  # the worker before is gone, and this one's reader has shown nothing yet
+        left_s = self._services._limits.footage_s + _SLACK_S
+        before = await self._services._shelf.segments(
+            self._recording.id, start_s=max(0.0, (self._recording.duration_s or 0.0) - left_s)
+        )
+        self._kept.extend(before)
+        if before:
+            self._next_segment = before[-1].number + 1
+            self._reach_s = max(segment.start_s + segment.duration_s for segment in before)
         try:
-            for segment in segments:
-                self._reach_s = max(self._reach_s, segment.start_s + segment.duration_s)
-                if segment.start_s + segment.duration_s > begin_s:
-                    await self._open(segment)
             async with asyncio.TaskGroup() as tasks:
                 feeder = tasks.create_task(self._feed())
+                first = await self._ingest.patiently(lambda: self._services.go_on(self._ingest))
+                begin_s, _ = cut.chunk_span(self._recording.policy, first)
+                for segment in before:
+                    if segment.start_s + segment.duration_s > begin_s:
+                        await self._ingest.patiently(partial(self._look_into, segment))
                 await self._ingest.run(self._chunks(first))
                 feeder.cancel()
         except BaseExceptionGroup as group:
@@ -243,8 +268,22 @@ class _LiveIngest:
             for opened in self._opened.values():
                 await opened.aclose()
         await self._claim.update_recording(
-            state=RecordingState.COMPLETE, duration_s=self._reach_s, ingested_s=self._reach_s
+            state=RecordingState.COMPLETE,
+            duration_s=self._reach_s,
+            ingested_s=self._reach_s,
+            error_code="",
+            error="",
         )
+
+    async def _wait_out(self, error: NvilaError) -> None:
+        """Something is away that ingest needs. What comes from the source meanwhile is kept, and waits."""
+        if self._trouble is None:
+            _log.warning("footage waits", extra=fields(recording=self._recording.id, reason=error.message))
+        self._trouble, self._was_held_up = error, True
+        self._show_lag()
+        with suppress(Unavailable):  # the database may be what is away
+            await self._claim.update_recording(error_code=error.code, error=error.message)
+        await asyncio.sleep(max(_TRY_AGAIN_S, error.retry_after_s or 0.0))
 
     # -- the feeder
 
@@ -252,15 +291,22 @@ class _LiveIngest:
         async with aclosing(self._services._live.events(self._recording)) as events:
             async for event in events:
                 if isinstance(event, Footage):
-                    await self._keep(event)
+                    await self._room_for(event)
+                    await self._ingest.patiently(partial(self._keep, event))
                 elif isinstance(event, Away):
-                    await self._gone(event.error)
+                    await self._ingest.patiently(partial(self._gone, event.error))
                 else:
                     assert isinstance(event, Ended)
                     break
                 self._news.set()
         self._is_ended = True
         self._news.set()
+
+    async def _room_for(self, piece: Footage) -> None:
+        """Leave what can wait where it is while enough waits here."""
+        self._can_wait = piece.can_wait
+        while piece.can_wait and self._reach_s - self._wanted_s > self._services._limits.backlog_s:
+            await asyncio.sleep(_LOOK_EVERY_S)
 
     async def _keep(self, piece: Footage) -> None:
         """Keep a piece, note it, open it. One that cannot be read is a gap, not an end."""
@@ -298,14 +344,14 @@ class _LiveIngest:
                 state=RecordingState.LIVE,
                 captured_at=captured_at,
                 duration_s=segment.start_s + segment.duration_s,
-                error_code="",
-                error="",
+                error_code=self._trouble.code if self._trouble else "",
+                error=self._trouble.message if self._trouble else "",
             )
         piece.taken()
         self._captured_at, self._next_segment = captured_at, number + 1
         self._is_away = False
         self._kept.append(segment)
-        await self._open(segment)
+        self._films[number] = _Film(segment, info)
         self._reach_s = segment.start_s + segment.duration_s
         await self._forget_old()
 
@@ -316,49 +362,59 @@ class _LiveIngest:
         state = RecordingState.WAITING if self._captured_at is None else RecordingState.INTERRUPTED
         await self._claim.update_recording(state=state, error_code=error.code, error=error.message)
 
-    async def _open(self, segment: Segment) -> None:
-        services, opened = self._services, AsyncExitStack()
-        try:
-            path: Path = await opened.enter_async_context(services._cold.open(segment.path))
-            deadline = Deadline.after(services._limits.probe_timeout_s)
-            info = await services._frames.probe(path, MediaKind.VIDEO, deadline)
-        except (NotFound, InvalidMedia):
-            await opened.aclose()
-            return
-        self._opened[segment.number] = opened
-        film = OpenSegment(path=path, start_s=segment.start_s, info=info)
-        self._ingest.segments[segment.number] = film
-        self._footage.append(film.footage(segment.number))
-
     async def _forget_old(self) -> None:
         """Files of footage that is older than it is to be kept; the rows stay, and so do the tokens."""
         before_s = self._reach_s - self._services._limits.footage_s
         while self._kept and self._kept[0].start_s + self._kept[0].duration_s < before_s:
-            if self._kept[0].number in self._opened:
+            if self._kept[0].number in self._films:
                 return
             await self._services._cold.forget_segment(self._kept.popleft().path)
 
     # -- the taking in
 
     async def _chunks(self, first: int) -> AsyncIterator[PlannedChunk]:
-        policy, limits = self._recording.policy, self._services._limits
+        policy = self._recording.policy
         number, (begun_s, _) = first, cut.chunk_span(policy, first)
         while True:
-            start_s, end_s = cut.chunk_span(policy, number)
+            self._trouble = None  # there is room for another chunk, so those before it get on
+            start_s, self._wanted_s = cut.chunk_span(policy, number)
             last_s = cut.chunk_times(policy, number)[-1]
             while not self._is_ended and self._edge_s() <= last_s:  # then it is known what its last instant shows
                 await self._wait()
             duration_s = self._reach_s if self._is_ended else math.inf
             if self._is_ended and number >= cut.chunk_count(policy, duration_s):
                 return
-            lag_s = self._edge_s() - end_s
-            self._services._metrics.set(names.INGEST_LAG_SECONDS, max(0.0, lag_s))
-            planned = cut.plan_chunk(policy, number, self._of(start_s, end_s), self._ingest.model.group, duration_s)
-            yield replace(planned, is_left_out=bool(planned.groups) and not self._is_ended and lag_s > limits.backlog_s)
+            yield await self._planned(number, duration_s)
             number += 1
             seconds = asdict(self._ingest.seconds)
             self._services.load.measured(self._recording.id, sum(seconds.values()), max(0.0, start_s - begun_s))
             await self._close_before(cut.chunk_span(policy, max(0, number - _CHUNKS_ON_THE_WAY))[0])
+
+    async def _planned(self, number: int, duration_s: float) -> PlannedChunk:
+        """The chunk, its footage open. Footage that is gone by now is none."""
+        policy, group = self._recording.policy, self._ingest.model.group
+        while True:
+            planned = cut.plan_chunk(policy, number, self._footage(*cut.chunk_span(policy, number)), group, duration_s)
+            if planned.groups and self._is_too_much():
+                return replace(planned, is_left_out=True)
+            segments = dict.fromkeys(one.segment for one in planned.groups)
+            opened = [await self._ingest.patiently(partial(self._open, segment)) for segment in segments]
+            if all(opened):
+                return planned
+
+    def _is_too_much(self) -> bool:
+        """Whether more waits than may. After an outage more may, until what waited is taken in."""
+        limits, lag_s = self._services._limits, self._show_lag()
+        if lag_s <= limits.backlog_s:
+            self._was_held_up = False
+        if self._is_ended or self._can_wait:
+            return False
+        return lag_s > (max(limits.outage_s, limits.backlog_s) if self._was_held_up else limits.backlog_s)
+
+    def _show_lag(self) -> float:
+        lag_s = self._edge_s() - self._wanted_s
+        self._services._metrics.set(names.INGEST_LAG_SECONDS, self._services.load.waits(self._recording.id, lag_s))
+        return lag_s
 
     def _edge_s(self) -> float:
         """How far it is known what there is: to the end of the footage, or nearly to now while the source is away."""
@@ -368,8 +424,9 @@ class _LiveIngest:
             return max(self._reach_s, self._services._clock() - self._captured_at - self._services._limits.late_s)
         return self._reach_s
 
-    def _of(self, start_s: float, end_s: float) -> list[cut.Footage]:
-        return [film for film in self._footage if film.end_s > start_s and film.start_s < end_s]
+    def _footage(self, start_s: float, end_s: float) -> list[cut.Footage]:
+        films = (self._films[number] for number in sorted(self._films))
+        return [film.footage for film in films if film.end_s > start_s and film.segment.start_s < end_s]
 
     async def _wait(self) -> None:
         self._news.clear()
@@ -379,11 +436,56 @@ class _LiveIngest:
         except TimeoutError:
             pass
 
+    # -- files of footage
+
+    async def _look_into(self, segment: Segment) -> None:
+        """Know the frames of a segment that the worker before has kept."""
+        services = self._services
+        try:
+            async with services._cold.open(segment.path) as path:
+                deadline = Deadline.after(services._limits.probe_timeout_s)
+                self._films[segment.number] = _Film(
+                    segment, await services._frames.probe(path, MediaKind.VIDEO, deadline)
+                )
+        except (NotFound, InvalidMedia):
+            _log.info("footage is gone", extra=fields(recording=self._recording.id, segment=segment.number))
+
+    async def _open(self, number: int) -> bool:
+        """Have a segment's file at hand. False: it is gone."""
+        if number in self._opened:
+            return True
+        film, opened = self._films[number], AsyncExitStack()
+        try:
+            path: Path = await opened.enter_async_context(self._services._cold.open(film.segment.path))
+        except NotFound:
+            del self._films[number]
+            return False
+        self._opened[number] = opened
+        self._ingest.segments[number] = OpenSegment(path=path, start_s=film.segment.start_s, info=film.info)
+        return True
+
     async def _close_before(self, time_s: float) -> None:
-        for film in [film for film in self._footage if film.end_s < time_s]:
-            self._footage.remove(film)
-            del self._ingest.segments[film.segment]
-            await self._opened.pop(film.segment).aclose()
+        for number in [number for number, film in self._films.items() if film.end_s < time_s]:
+            del self._films[number]
+            if number in self._opened:
+                del self._ingest.segments[number]
+                await self._opened.pop(number).aclose()
+
+
+@dataclass(frozen=True)
+class _Film:
+    """A segment of a live recording and the frames in it."""
+
+    segment: Segment
+    info: MediaInfo
+
+    @property
+    def end_s(self) -> float:
+        return self.segment.start_s + self.info.duration_s
+
+    @property
+    def footage(self) -> cut.Footage:
+        return OpenSegment(path=Path(), start_s=self.segment.start_s, info=self.info).footage(self.segment.number)
 
 
 class DeleteHandler:

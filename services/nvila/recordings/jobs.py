@@ -214,11 +214,13 @@ class JobStore:
         told; the returned job removes the data once those have stopped."""
         async with self._database.write() as connection:
             table, jobs = schema.recordings, schema.jobs
-            hold = select(table.c.id).where(table.c.id == recording_id).with_for_update()
-            await connection.execute(hold)
             await store.read_recording(connection, recording_id, tenant=tenant)
+            # Jobs before the recording, as workers hold them: otherwise each would wait for the other.
             mine = select(jobs).where(jobs.c.recording_id == recording_id).order_by(jobs.c.id).with_for_update()
-            for row in (await connection.execute(mine)).all():
+            rows = (await connection.execute(mine)).all()
+            await connection.execute(select(table.c.id).where(table.c.id == recording_id).with_for_update())
+            await store.read_recording(connection, recording_id, tenant=tenant)  # nobody was faster
+            for row in rows:
                 await self._cancel(connection, row)
             await connection.execute(
                 update(table).where(table.c.id == recording_id).values(state=RecordingState.DELETING)
@@ -401,7 +403,9 @@ class JobStore:
     async def _end(self, connection: AsyncConnection, row: Row[Any], state: JobState, values: dict[str, Any]) -> None:
         """End a job that no worker holds any more. The fence grows, so that one that believes it does is refused."""
         now = self._clock()
-        number = await _write_event(connection, row.id, row.last_event + 1, state.value, {}, now)
+        told: dict[str, Any] = {name: values[name] for name in ("error_code", "error") if name in values}
+        number = await _write_event(connection, row.id, row.last_event + 1, state.value, told, now)
+        await _tell_recording(connection, row, state, **told)
         await _set(connection, row.id, state=state, fence=row.fence + 1, finished_at=now, last_event=number, **values)
 
     async def _reap(self, connection: AsyncConnection) -> int:

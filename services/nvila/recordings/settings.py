@@ -50,6 +50,8 @@ class RecordingsSettings(BaseSettings):
     """host:port of Triton's gRPC API."""
     decode_target: HostPort = "127.0.0.1:9000"
     """host:port of Ray Serve's gRPC proxy."""
+    backend_tls_dir: Path | None = None
+    """Folder with ca.crt, tls.crt and tls.key, for TLS to vision and decode; as the gateway's."""
     redis_url: Annotated[str, Field(pattern=r"^rediss?(\+cluster)?://\S+$")] = "redis://127.0.0.1:6379/0"
     """The token cache; rediss:// for TLS. It may be away at any time: jobs are then slower."""
 
@@ -79,7 +81,11 @@ class RecordingsSettings(BaseSettings):
     group_window: Count = 4
     """Groups of frames of one recording that are decoded and encoded at the same time."""
     backlog_s: Seconds = 120
-    """Footage of a live recording that may wait; beyond, the oldest that waits is left out and counted."""
+    """Footage of a live recording that may wait; beyond, the oldest that waits is left out and counted. What a client
+    pushes waits with the client."""
+    outage_s: Seconds = 3600
+    """The same while, and after, a service that encoding needs was away for longer than recovery_s: so long an outage
+    loses nothing."""
     keep_footage_s: Seconds = 24 * 3600
     """How long the footage of a live recording is kept, so that lost visual tokens can be made again."""
     source_stores: Annotated[tuple[str, ...], NoDecode] = ()
@@ -126,7 +132,7 @@ class RecordingsSettings(BaseSettings):
     cache_ttl_s: Seconds = 24 * 3600
     """How long visual tokens live in the cache after their last use."""
     recovery_s: Seconds = 20
-    """How long a service behind may be away before an attempt gives up on it."""
+    """How long a service behind may be away before an attempt gives up on it; a live recording waits on (outage_s)."""
 
     # -- logs
     log_level: Literal["DEBUG", "INFO", "WARNING", "ERROR"] = "INFO"

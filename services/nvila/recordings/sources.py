@@ -55,12 +55,14 @@ class Fetcher(Protocol):
 class Footage:
     """A piece of a live source: a file that opens on its own. `captured_at`: capture time of its first frame.
     `taken`: to be called when the file is kept elsewhere; then it goes. `is_new_session`: the first after a connection
-    was made, so what lies before it was missed."""
+    was made, so what lies before it was missed. `can_wait`: the source keeps what follows until it is asked for, so
+    nothing is lost by taking it later."""
 
     path: Path
     captured_at: float
     taken: Callable[[], None]
     is_new_session: bool = False
+    can_wait: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,7 +167,8 @@ class PushedReader:
             for piece in pieces:
                 if piece.number > last:
                     last = piece.number
-                    yield Footage(path=piece.path, captured_at=piece.captured_at, taken=self._taker(piece))
+                    taken = self._taker(piece)
+                    yield Footage(path=piece.path, captured_at=piece.captured_at, taken=taken, can_wait=True)
             if is_ended:
                 yield Ended()
                 return

@@ -126,11 +126,16 @@ class Worker:
     # -- beginning
 
     async def _begin_next(self) -> bool:
+        if self._is_late():
+            return False
         kinds = tuple(kind for pool in self._limits.pools if self._is_open(pool) for kind in pool.kinds)
         try:
             claim = await self._jobs.claim(self._name, kinds, self._limits.lease_s)
         except Unavailable:
             _log.warning("no jobs: the database does not answer")
+            return False
+        except Exception:  # the process's edge: it goes on, whatever this was
+            _log.exception("no jobs: claiming one failed")
             return False
         self.looked_at = time.monotonic()
         if claim is None:
@@ -142,6 +147,11 @@ class Worker:
         self._running[claim.job.id] = _Running(claim, pool, task)
         self._show_running(kind)
         return True
+
+    def _is_late(self) -> bool:
+        """Whether a lease of this worker may have run out: to claim now would take its own job away from itself."""
+        last = time.monotonic() - self._limits.lease_s / 2
+        return any(running.renewed_at < last and not running.stopping for running in self._running.values())
 
     def _is_open(self, pool: Pool) -> bool:
         return pool.may_begin() and sum(running.pool is pool for running in self._running.values()) < pool.slots
