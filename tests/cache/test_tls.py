@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ssl
-import subprocess
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -16,20 +15,13 @@ from nvila.cache.store import TokenStore
 from nvila.telemetry.metrics import Metrics
 from tests.cache.redis_server import PASSWORD, RedisServer
 from tests.cache.test_store import FORM, every_operation_is_a_miss, make_record
+from tests.certificates import make_certificate
 
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """(certificate for 127.0.0.1, its key): its own authority."""
-    folder = tmp_path_factory.mktemp("tls")
-    subject = ["-subj", "/CN=127.0.0.1", "-addext", "subjectAltName=IP:127.0.0.1"]
-    files = ["-keyout", str(folder / "tls.key"), "-out", str(folder / "ca.crt")]
-    subprocess.run(
-        ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "1", *subject, *files],
-        check=True,
-        capture_output=True,
-        timeout=60,
-    )
+    folder = make_certificate(tmp_path_factory.mktemp("tls"))
     return folder / "ca.crt", folder / "tls.key"
 
 

@@ -16,9 +16,9 @@ from nvila.vision.triton import clean_shared_memory, command, find_triton
 
 
 class TritonServer:
-    """`environment`: settings of the backend (NVILA_VISION_*)."""
+    """`environment`: settings of the backend (NVILA_VISION_*). `tls_folder`: with a certificate, for gRPC over TLS."""
 
-    def __init__(self, folder: Path, environment: dict[str, str]) -> None:
+    def __init__(self, folder: Path, environment: dict[str, str], tls_folder: Path | None = None) -> None:
         self.http_port, self.grpc_port, self.metrics_port = _free_ports(3)
         self.url = f"127.0.0.1:{self.grpc_port}"
         self.shm_prefix = f"nvtest-{secrets.token_hex(4)}-"
@@ -30,6 +30,7 @@ class TritonServer:
             metrics_port=self.metrics_port,
             shm_prefix=self.shm_prefix,
             exit_timeout_s=5,
+            tls_folder=tls_folder,
         )
         self._environment = {"OMP_NUM_THREADS": "1", **environment}
         self._process: subprocess.Popen[bytes] | None = None

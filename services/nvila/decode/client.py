@@ -35,18 +35,28 @@ _GRACE_S = 0.5
 class DecodeClient:
     """One process's connection to the decode service. Make it inside a running event loop; `close` it."""
 
-    def __init__(self, target: str, *, app: str = "decode", max_message_bytes: int = MAX_MESSAGE_BYTES) -> None:
-        """`target`: host:port of Serve's gRPC proxy. `app`: the Serve application's name."""
-        self._channel = grpc.aio.insecure_channel(
-            target,
-            options=[
-                ("grpc.max_send_message_length", max_message_bytes),
-                ("grpc.max_receive_message_length", max_message_bytes),
-                ("grpc.keepalive_time_ms", 30_000),
-                # A service that restarts is found again within a second, not after gRPC's back-off of two minutes.
-                ("grpc.initial_reconnect_backoff_ms", 100),
-                ("grpc.max_reconnect_backoff_ms", 1_000),
-            ],
+    def __init__(
+        self,
+        target: str,
+        *,
+        app: str = "decode",
+        max_message_bytes: int = MAX_MESSAGE_BYTES,
+        credentials: grpc.ChannelCredentials | None = None,
+    ) -> None:
+        """`target`: host:port of Serve's gRPC proxy. `app`: the Serve application's name. `credentials`: for TLS; None:
+        in the clear."""
+        options = [
+            ("grpc.max_send_message_length", max_message_bytes),
+            ("grpc.max_receive_message_length", max_message_bytes),
+            ("grpc.keepalive_time_ms", 30_000),
+            # A service that restarts is found again within a second, not after gRPC's back-off of two minutes.
+            ("grpc.initial_reconnect_backoff_ms", 100),
+            ("grpc.max_reconnect_backoff_ms", 1_000),
+        ]
+        self._channel = (
+            grpc.aio.insecure_channel(target, options)
+            if credentials is None
+            else grpc.aio.secure_channel(target, credentials, options)
         )
         self._stub: Any = DecodeServiceStub(self._channel)  # type: ignore[no-untyped-call]
         self._app = app

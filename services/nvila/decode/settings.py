@@ -14,10 +14,20 @@ Amount = Annotated[int, Field(ge=0)]
 Seconds = Annotated[float, Field(gt=0)]
 
 
-class Settings(BaseSettings):
-    """A malformed value stops the process and names the variable."""
+class ProxySettings(BaseSettings):
+    """What Serve's gRPC proxy, a process of its own, reads of them."""
 
     model_config = SettingsConfigDict(env_prefix="NVILA_DECODE_", extra="ignore")
+
+    tls_dir: Path | None = None
+    """Folder with ca.crt, tls.crt and tls.key: calls come over TLS on `tls_port`, both sides showing a certificate, and
+    are refused on `grpc_port`, which Ray opens in any case. Absent: in the clear."""
+    tls_port: Port = 9443
+    """Serve's gRPC proxy over TLS."""
+
+
+class Settings(ProxySettings):
+    """A malformed value stops the process and names the variable."""
 
     # the model
     model: Path

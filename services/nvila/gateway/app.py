@@ -31,6 +31,7 @@ from nvila.gateway.request import RequestLimits
 from nvila.gateway.scratch import Scratch
 from nvila.gateway.serve import serve
 from nvila.gateway.settings import GatewaySettings
+from nvila.gateway.tls import channel_credentials
 from nvila.gateway.uploads import UploadLimits, Uploads
 from nvila.recordings.cold import ColdStore
 from nvila.recordings.database import Database
@@ -117,9 +118,10 @@ async def _open(settings: GatewaySettings, keys: ApiKeys, opened: AsyncExitStack
     opened.push_async_callback(pool.aclose)
     store = TokenStore.open(settings.redis_url, metrics, ttl_s=settings.cache_ttl_s)
     opened.push_async_callback(store.close)
-    vision = VisionClient(settings.vision_url)
+    credentials = channel_credentials(settings.backend_tls_dir)
+    vision = VisionClient(settings.vision_url, credentials=credentials)
     opened.push_async_callback(vision.close)
-    decoder = DecodeClient(settings.decode_target)
+    decoder = DecodeClient(settings.decode_target, credentials=credentials)
     opened.push_async_callback(decoder.close)
     windows = None
     if recorded is not None:

@@ -52,6 +52,9 @@ class GatewaySettings(BaseSettings):
     """host:port of Triton's gRPC API."""
     decode_target: HostPort = "127.0.0.1:9000"
     """host:port of Ray Serve's gRPC proxy."""
+    backend_tls_dir: Path | None = None
+    """Folder with ca.crt, tls.crt and tls.key, for TLS to vision and decode, both sides showing a certificate. Absent:
+    in the clear."""
     redis_url: Annotated[str, Field(pattern=r"^rediss?(\+cluster)?://\S+$")] = "redis://127.0.0.1:6379/0"
     """The token cache; rediss:// for TLS, redis+cluster:// or rediss+cluster:// for a Redis Cluster. It may be away at
     any time: requests are then slower."""

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+import grpc
 import numpy as np
 from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
@@ -66,10 +67,12 @@ class Readiness:
 
 
 class VisionClient:
-    """One per process. `url`: host:port of Triton's gRPC service."""
+    """One per process. `url`: host:port of Triton's gRPC service. `credentials`: for TLS; None: in the clear."""
 
-    def __init__(self, url: str, *, transport: Transport = "auto") -> None:
-        self._triton = InferenceServerClient(url, channel_args=_CHANNEL)
+    def __init__(
+        self, url: str, *, transport: Transport = "auto", credentials: grpc.ChannelCredentials | None = None
+    ) -> None:
+        self._triton = InferenceServerClient(url, channel_args=_CHANNEL, creds=credentials)
         self._regions = _Regions(self._triton, transport)
 
     async def close(self) -> None:
@@ -133,7 +136,8 @@ class VisionClient:
             [frames, encode_tensor],
             outputs=[InferRequestedOutput(RESULT)],
             client_timeout=deadline.left_s(),
-            headers={"traceparent": call.traceparent} if call.traceparent else None,
+            # For Triton's own spans, which it makes for whoever sends this, sampled or not.
+            headers={"traceparent": call.traceparent} if tracing.is_sampled() else None,
         )
         tensor: NDArray[np.uint8] | None = answer.as_numpy(RESULT)
         try:

@@ -20,6 +20,11 @@ def main() -> None:
     options.add_argument("--metrics-port", type=int, default=8002)
     options.add_argument("--shm-prefix", default="nvila-vision", help="begins the names of its shared memory")
     options.add_argument("--cache-folder", type=Path, default=Path("/tmp/nvila-triton"), help="for the Python backend")
+    options.add_argument(
+        "--tls-folder",
+        type=Path,
+        help="with ca.crt, tls.crt and tls.key: gRPC over TLS, for callers with a certificate",
+    )
     args = options.parse_args()
     triton.clean_shared_memory(args.shm_prefix)  # of a predecessor that was killed in the same container
     run = triton.command(
@@ -29,6 +34,7 @@ def main() -> None:
         metrics_port=args.metrics_port,
         shm_prefix=args.shm_prefix,
         host=args.host,
+        tls_folder=args.tls_folder,
     )
     os.execve(run.argv[0], run.argv, {**os.environ, **run.environment})
 
