@@ -7,6 +7,7 @@ import asyncio
 import pytest
 
 from nvila.errors import Conflict, InvalidRequest, LimitExceeded, NotFound, Overloaded, Unavailable
+from nvila.recordings import schema
 from nvila.recordings.database import Database
 from nvila.recordings.jobs import JobStore, NewJob
 from nvila.recordings.store import Quota, RecordingStore
@@ -415,3 +416,15 @@ async def test_a_deleted_recording_is_gone_at_once_and_drains_behind(
     assert await store.count_chunks(recording.id) == 0
     assert await store.count_chunks(other.id) == 1
     assert [found.id for found in (await jobs.list(tenant="acme", recording_id=recording.id)).items] == [deletion.id]
+
+
+async def test_nobody_waits_for_another_writer_for_ever(database_url: str, database: Database, jobs: JobStore) -> None:
+    await made.submit(jobs)
+    impatient = Database.open(database_url, wait_s=0.5)
+    try:
+        async with database.write() as connection, asyncio.timeout(10):
+            await connection.execute(schema.tenants.update().values(served_at=1.0))
+            with pytest.raises(Unavailable):
+                await made.submit(JobStore(impatient))
+    finally:
+        await impatient.close()

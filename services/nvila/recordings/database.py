@@ -40,7 +40,7 @@ class Database:
         """`url`: sqlite:///folder/file.db or postgresql://user:password@host/database. `wait_s`: how long an operation
         waits for its turn (another writer, a free connection) before it raises `Unavailable`."""
         address = _with_driver(url)
-        connect: dict[str, Any] = {"timeout": wait_s} if _is_sqlite(address) else {"connect_timeout": round(wait_s)}
+        connect: dict[str, Any] = {"timeout": wait_s} if _is_sqlite(address) else _patience(wait_s)
         engine = create_async_engine(
             address,
             connect_args=connect,
@@ -53,6 +53,8 @@ class Database:
         if _is_sqlite(address):
             event.listen(engine.sync_engine, "connect", partial(_prepare_sqlite, wait_s=wait_s))
             event.listen(engine.sync_engine, "begin", _begin_sqlite)
+        else:
+            event.listen(engine.sync_engine, "connect", partial(_prepare_postgresql, wait_s=wait_s))
         return cls(engine)
 
     @property
@@ -66,6 +68,8 @@ class Database:
             await asyncio.to_thread(_begin_file, Path(self._engine.url.database))
         async with self.write() as connection:
             if not self.is_sqlite:
+                for setting in ("lock_timeout", "statement_timeout"):  # another process may be at it for a while
+                    await connection.execute(text(f"SET LOCAL {setting} = 0"))
                 await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATIONS_LOCK})
             await connection.run_sync(_upgrade)
 
@@ -140,6 +144,30 @@ def _prepare_sqlite(connection: Any, _record: object, *, wait_s: float) -> None:
     ):
         cursor.execute(f"PRAGMA {pragma}")
     cursor.close()
+
+
+def _patience(wait_s: float) -> dict[str, Any]:
+    """What libpq is told, so that a server that vanished without a word is noticed in `wait_s`."""
+    return {
+        "connect_timeout": max(2, round(wait_s)),
+        "keepalives_idle": max(1, round(wait_s / 2)),
+        "keepalives_interval": max(1, round(wait_s / 8)),
+        "keepalives_count": 4,
+        "tcp_user_timeout": round(wait_s * 1000),
+    }
+
+
+def _prepare_postgresql(connection: Any, _record: object, *, wait_s: float) -> None:
+    """Per connection: nobody waits for a row for ever, and a client that vanished in mid-transaction holds none."""
+    cursor = connection.cursor()
+    for setting, limit_s in (
+        ("lock_timeout", wait_s),
+        ("statement_timeout", 3 * wait_s),
+        ("idle_in_transaction_session_timeout", 3 * wait_s),
+    ):
+        cursor.execute(f"SET {setting} = {round(limit_s * 1000)}")
+    cursor.close()
+    connection.commit()
 
 
 def _begin_sqlite(connection: Connection) -> None:
