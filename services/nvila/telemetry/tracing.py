@@ -7,7 +7,7 @@ propagated, and go nowhere. Content (prompts, answers) enters a span only when
 `OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT` is true.
 
 Between our processes the context travels as a `traceparent` string in our own messages: Redis has no headers, Ray Serve
-drops them, and Triton does not show them to Python models.
+drops them, and Triton shows them to nobody and reads them itself with luck only (vision/triton.py).
 """
 
 from __future__ import annotations
@@ -51,6 +51,12 @@ def configure(service: str, version: str) -> TracerProvider:
 def traces_endpoint() -> str | None:
     """Where spans go, or None when no OTLP endpoint is configured."""
     return os.environ.get("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT") or os.environ.get("OTEL_EXPORTER_OTLP_ENDPOINT")
+
+
+def samples_all() -> bool:
+    """Whether every trace that begins here is sampled, as this environment's variables say."""
+    last_trace_id = (1 << 128) - 1  # a share of all traces is those with the lowest ids
+    return TracerProvider().sampler.should_sample(None, last_trace_id, "").decision.is_sampled()
 
 
 def captures_content() -> bool:
@@ -116,8 +122,13 @@ def current_traceparent() -> str:
     return carrier.get("traceparent", "")
 
 
+def is_sampled() -> bool:
+    """Whether the current span is kept; False outside any span."""
+    return trace.get_current_span().get_span_context().trace_flags.sampled
+
+
 def link_to(current: Span, traceparent: str) -> None:
-    """Link a span to the one that made something it uses (a cached token record's writer)."""
+    """Link a span to one that is no ancestor of it: a cached token record's writer, Triton's span of the same call."""
     linked = trace.get_current_span(_PROPAGATOR.extract({"traceparent": traceparent})).get_span_context()
     if linked.is_valid:
         current.add_link(linked)
