@@ -40,6 +40,8 @@ FRAMES = 256
 ANSWER_TOKENS = 16
 FRAME_S = 0.04
 """bikes.mp4 has 25 frames per second: each round's window begins one frame later, so its chunks are new."""
+CALLER = "1" * 16
+"""The span that asks; nobody sends it."""
 
 STAGES = {
     "plan": ("nvila-gateway", "plan"),
@@ -87,7 +89,7 @@ async def ask_platform(http: httpx.AsyncClient, clip_id: str, start_s: float, qu
         "stream": True,
     }
     began, first_s, encoded = time.perf_counter(), 0.0, 0
-    headers = {"traceparent": f"00-{trace_id}-{'1' * 16}-01"}
+    headers = {"traceparent": f"00-{trace_id}-{CALLER}-01"}
     async with http.stream("POST", "/v1/chat/completions", json=body, headers=headers) as answer:
         answer.raise_for_status()
         async for line in answer.aiter_lines():
@@ -129,7 +131,8 @@ async def measure(stack: RunningStack, receiver: OtlpReceiver, model: Path, roun
             cold = await ask_platform(http, clip_id, start_s, "What happens here?", trace_id)
             warm = await ask_platform(http, clip_id, start_s, "And how does it end?", os.urandom(16).hex())
             alone = await ask_alone(pipeline, start_s, "What happens here?")
-            spans = await asyncio.to_thread(receiver.wait_for, trace_id, {"nvila-vision", "nvila-decode"})
+            services = {"nvila-gateway", "nvila-vision", "nvila-decode"}
+            spans = await asyncio.to_thread(receiver.wait_for, trace_id, CALLER, services)
             if number:
                 done.append(Round(cold, warm, alone, spans))
     return done

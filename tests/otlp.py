@@ -39,21 +39,30 @@ class ReceivedSpan:
         return (self.end_ns - self.start_ns) / 1e6
 
 
+_WITHIN_S = 30.0
+"""For spans to come: they are sent 0.2 s after their end, by processes that share two cores with all else."""
+
+
 class OtlpReceiver:
     """`with OtlpReceiver() as receiver:`; `receiver.environment` makes a process send its spans here."""
 
     def __init__(self) -> None:
         self._spans: list[ReceivedSpan] = []
+        self._errors: list[str] = []
         self._lock = threading.Lock()
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["Content-Length"]))
-                if self.headers.get("Content-Encoding") == "gzip":
-                    body = gzip.decompress(body)
-                is_json = self.headers.get("Content-Type") == "application/json"  # Triton's exporter
-                receiver._take(_from_json(body) if is_json else ExportTraceServiceRequest.FromString(body))
+                try:
+                    body = self.rfile.read(int(self.headers["Content-Length"]))
+                    if self.headers.get("Content-Encoding") == "gzip":
+                        body = gzip.decompress(body)
+                    is_json = self.headers.get("Content-Type") == "application/json"  # Triton's exporter
+                    receiver._take(_from_json(body) if is_json else ExportTraceServiceRequest.FromString(body))
+                except Exception as error:  # told by whoever waits: nobody reads a thread's traceback
+                    receiver._errors.append(f"{type(error).__name__}: {error}")
+                    raise
                 answer = ExportTraceServiceResponse().SerializeToString()
                 self.send_response(200)
                 self.send_header("Content-Type", "application/x-protobuf")
@@ -93,18 +102,41 @@ class OtlpReceiver:
             spans = [span for span in self._spans if span.trace_id == trace_id]
         return sorted(spans, key=lambda span: span.start_ns)
 
-    def wait_for(self, trace_id: str, services: set[str], within_s: float = 15.0) -> list[ReceivedSpan]:
-        """The trace, as soon as all `services` have sent spans of it and no more came for a second."""
-        until, count, calm_since = time.monotonic() + within_s, -1, 0.0
+    def wait_for(self, trace_id: str, caller: str, services: set[str]) -> list[ReceivedSpan]:
+        """The trace, as soon as all `services` have sent spans of it, all parents are there, and a second was calm.
+
+        caller: the id of the span that sent the request and is sent by nobody; empty when the trace begins here.
+        """
+        until, count, calm_since = time.monotonic() + _WITHIN_S, -1, 0.0
         while time.monotonic() < until:
             spans = self.trace(trace_id)
             if len(spans) != count:
                 count, calm_since = len(spans), time.monotonic()
-            if services <= {span.service for span in spans} and time.monotonic() - calm_since > 1.0:
+            has_parents = {span.parent_id for span in spans} <= {caller, *(span.span_id for span in spans)}
+            is_all_there = has_parents and services <= {span.service for span in spans}
+            if is_all_there and time.monotonic() - calm_since > 1.0:
                 return spans
             time.sleep(0.05)
-        came = sorted({span.service for span in self.trace(trace_id)})
-        raise AssertionError(f"spans of {sorted(services)} expected within {within_s} s, came: {came}")
+        raise self._missing(f"the trace {trace_id} with spans of {sorted(services)}")
+
+    def wait_for_span(self, span_id: str) -> ReceivedSpan:
+        """One span, of whatever trace."""
+        until = time.monotonic() + _WITHIN_S
+        while time.monotonic() < until:
+            with self._lock:
+                found = [span for span in self._spans if span.span_id == span_id]
+            if found:
+                return found[0]
+            time.sleep(0.05)
+        raise self._missing(f"the span {span_id}")
+
+    def _missing(self, expected: str) -> AssertionError:
+        with self._lock:
+            last = [f"{one.trace_id} {one.service} {one.name} <- {one.parent_id or None}" for one in self._spans[-30:]]
+        lines = "\n".join(last)
+        return AssertionError(
+            f"{expected} did not come within {_WITHIN_S:g} s; requests that failed: {self._errors}; last came:\n{lines}"
+        )
 
     def _take(self, request: ExportTraceServiceRequest) -> None:
         taken = [

@@ -20,7 +20,7 @@ async def test_one_question_is_one_trace_over_every_program(http: httpx.AsyncCli
         headers={"traceparent": f"00-{trace_id}-{caller}-01"},
     )
     assert answer.status_code == 200, answer.text
-    spans = receiver.wait_for(trace_id, {"nvila-gateway", "nvila-vision", "nvila-decode"})
+    spans = receiver.wait_for(trace_id, caller, {"nvila-gateway", "nvila-vision", "nvila-decode"})
 
     by_id = {span.span_id: span for span in spans}
     orphans = [span for span in spans if span.parent_id not in by_id and span.parent_id != caller]
@@ -45,13 +45,13 @@ async def test_one_question_is_one_trace_over_every_program(http: httpx.AsyncCli
 
 
 async def test_spans_carry_no_content(http: httpx.AsyncClient, receiver: OtlpReceiver) -> None:
-    trace_id = secrets.token_hex(16)
+    trace_id, caller = secrets.token_hex(16), secrets.token_hex(8)
     asked = [{"role": "user", "content": "the secret word is heliotrope"}]
     answer = await http.post(
         "/v1/chat/completions",
         json={"messages": asked, "max_tokens": 4},
-        headers={"traceparent": f"00-{trace_id}-{secrets.token_hex(8)}-01"},
+        headers={"traceparent": f"00-{trace_id}-{caller}-01"},
     )
     assert answer.status_code == 200, answer.text
-    spans = receiver.wait_for(trace_id, {"nvila-gateway", "nvila-decode"})
+    spans = receiver.wait_for(trace_id, caller, {"nvila-gateway", "nvila-decode"})
     assert not [span for span in spans if "heliotrope" in repr(span)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import secrets
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -30,7 +31,7 @@ from nvila.vision.client import VisionClient
 from nvila.vision.contract import ENCODE, FRAMES, MODEL, RESULT, EncodeCall, as_tensor
 from nvila.vision.triton import clean_shared_memory
 from tests.cache.redis_server import RedisServer
-from tests.otlp import OtlpReceiver
+from tests.otlp import OtlpReceiver, ReceivedSpan
 from tests.vision.chunks import at, form_of, image_settings, make_chunk, ref_of, video_chunk, video_settings
 from tests.vision.triton_server import TritonServer
 
@@ -341,19 +342,55 @@ async def test_nobody_may_load_models_or_change_settings(triton: TritonServer) -
 # -- one trace --------------------------------------------------------------------------------------------------------
 
 
-async def test_spans_of_triton_and_of_our_backend_belong_to_the_callers_trace(
-    client: VisionClient, checkpoint: Checkpoint, receiver: OtlpReceiver, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trace_id, span_id = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
-    with tracing.continuing(f"00-{trace_id}-{span_id}-01"):
+async def traced_encode(
+    client: VisionClient, checkpoint: Checkpoint, receiver: OtlpReceiver, caller: str
+) -> tuple[str, dict[str, ReceivedSpan]]:
+    """Encode something in a new trace; returns its id and our spans by their names."""
+    trace_id = secrets.token_hex(16)
+    with tracing.continuing(f"00-{trace_id}-{caller}-01"):
         await encode(client, checkpoint, video_chunk(checkpoint, 8, seed=50), video_settings(checkpoint))
-    received = await asyncio.to_thread(receiver.wait_for, trace_id, {"nvila-vision", "nvila-triton"})
-    spans = {span.name: span for span in received}
-    assert spans["vision.encode"].parent_id == span_id
+    received = await asyncio.to_thread(receiver.wait_for, trace_id, caller, {"nvila-vision"})
+    return trace_id, {span.name: span for span in received if span.service == "nvila-vision"}
+
+
+async def test_spans_of_our_backend_belong_to_the_callers_trace(
+    client: VisionClient, checkpoint: Checkpoint, receiver: OtlpReceiver
+) -> None:
+    caller = secrets.token_hex(8)
+    _, spans = await traced_encode(client, checkpoint, receiver, caller)
+    assert spans["vision.encode"].parent_id == caller
     parts = {"vision.queue", "vision.preprocess", "vision.tower", "vision.project", "vision.publish"}
     assert {spans[name].parent_id for name in parts} == {spans["vision.encode"].span_id}
-    ours = {span.span_id for span in received}
-    assert all(span.parent_id in ours | {span_id} for span in received)
+
+
+async def test_tritons_own_spans_are_linked_and_belong_to_the_callers_trace_when_triton_can_read_it(
+    client: VisionClient, checkpoint: Checkpoint, receiver: OtlpReceiver
+) -> None:
+    """It reads the caller's trace by luck (vision/triton.py); the link holds always."""
+    for _ in range(20):
+        caller = secrets.token_hex(8)
+        trace_id, spans = await traced_encode(client, checkpoint, receiver, caller)
+        (linked,) = spans["vision.encode"].links
+        of_triton = await asyncio.to_thread(receiver.wait_for_span, linked)
+        assert of_triton.service == "nvila-triton"
+        parent = caller if of_triton.trace_id == trace_id else ""
+        received = await asyncio.to_thread(receiver.wait_for, of_triton.trace_id, parent, {"nvila-triton"})
+        by_name = {span.name: span for span in received if span.service == "nvila-triton"}
+        assert by_name["InferRequest"].parent_id == parent
+        assert by_name[MODEL].parent_id == by_name["InferRequest"].span_id
+        if of_triton.trace_id == trace_id:
+            return
+    raise AssertionError("Triton never read the caller's trace")
+
+
+async def test_a_trace_that_is_not_sampled_gets_no_spans(
+    client: VisionClient, checkpoint: Checkpoint, receiver: OtlpReceiver
+) -> None:
+    trace_id, caller = secrets.token_hex(16), secrets.token_hex(8)
+    with tracing.continuing(f"00-{trace_id}-{caller}-00"):
+        await encode(client, checkpoint, video_chunk(checkpoint, 8, seed=50), video_settings(checkpoint))
+    await traced_encode(client, checkpoint, receiver, caller)  # whose spans come after those that must not come
+    assert receiver.trace(trace_id) == []
 
 
 # -- parts that die ---------------------------------------------------------------------------------------------------

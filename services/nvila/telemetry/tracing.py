@@ -7,7 +7,7 @@ propagated, and go nowhere. Content (prompts, answers) enters a span only when
 `OTEL_INSTRUMENTATION_GENAI_CAPTURE_MESSAGE_CONTENT` is true.
 
 Between our processes the context travels as a `traceparent` string in our own messages: Redis has no headers, Ray Serve
-drops them, and Triton shows them to nobody and reads them itself with luck only (vision/triton.py).
+drops them, and Triton reads them by luck (vision/triton.py).
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from opentelemetry import trace
 from opentelemetry.sdk.resources import SERVICE_NAME, SERVICE_VERSION, Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor, SpanExporter
+from opentelemetry.sdk.trace.sampling import Decision
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 from opentelemetry.util.types import AttributeValue
@@ -56,7 +57,7 @@ def traces_endpoint() -> str | None:
 def samples_all() -> bool:
     """Whether every trace that begins here is sampled, as this environment's variables say."""
     last_trace_id = (1 << 128) - 1  # a share of all traces is those with the lowest ids
-    return TracerProvider().sampler.should_sample(None, last_trace_id, "").decision.is_sampled()
+    return TracerProvider().sampler.should_sample(None, last_trace_id, "").decision == Decision.RECORD_AND_SAMPLE
 
 
 def captures_content() -> bool:

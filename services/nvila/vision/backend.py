@@ -8,6 +8,7 @@ once. Requests differ in shape, which is why Triton's own dynamic batching canno
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import os
 import subprocess
@@ -113,10 +114,16 @@ class TritonPythonModel:
         # The frames are a view into memory that lives as long as `request`, so that is held until the answer is sent.
         frames = pb_utils.get_input_tensor_by_name(request, FRAMES).as_numpy()
         encode = pb_utils.get_input_tensor_by_name(request, ENCODE).as_numpy().tobytes()
-        result = await self._service.encode(frames, encode, sender.is_cancelled)
+        result = await self._service.encode(frames, encode, sender.is_cancelled, triton_span=_triton_span(request))
         tensor = pb_utils.Tensor(RESULT, as_tensor(result.SerializeToString()))
         response = pb_utils.InferenceResponse(output_tensors=[tensor])
         sender.send(response, flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+
+def _triton_span(request: Any) -> str:
+    """Triton's own span of this call, as a `traceparent`; empty when it has none."""
+    context = request.trace().get_context()
+    return str(json.loads(context).get("traceparent", "")) if context else ""
 
 
 def choose_device(settings: Settings, args: dict[str, str]) -> tuple[torch.device, torch.dtype]:

@@ -69,17 +69,19 @@ class VisionService:
         self._writer = f"{socket.gethostname()}:{os.getpid()}"
 
     async def encode(
-        self, frames_FHWC: NDArray[np.uint8], encode: bytes, is_cancelled: Callable[[], bool]
+        self, frames_FHWC: NDArray[np.uint8], encode: bytes, is_cancelled: Callable[[], bool], *, triton_span: str
     ) -> vision_pb2.EncodeResult:
         """The answer to one call; an error of the call is in the answer. Never raises.
 
         The frames are read until this returns, and not afterwards. is_cancelled: asked, from other threads, before work
-        that costs something.
+        that costs something. triton_span: Triton's own span of this call, as a `traceparent`, or empty; ours is linked
+        to it, because it may be in another trace (triton.py).
         """
         began = time.monotonic()
         try:
             call = EncodeCall.from_bytes(encode)
             with tracing.span("vision.encode", parent=call.traceparent, kind=SpanKind.SERVER) as current:
+                tracing.link_to(current, triton_span)
                 result = await self._encode(frames_FHWC, call, began, is_cancelled)
                 current.set_attribute(names.ATTR_TILES, result.tiles)
             outcome = "ok"

@@ -169,8 +169,8 @@ def _trace_options() -> list[str]:
 
     It traces each call whose `traceparent` header it can read, and that fails by chance: it takes the header's value
     for a C string, and no zero byte need follow (tried: 2.51, where a tenth of the calls lost their context). Rate 1
-    makes it trace those calls too, as traces of their own, to which our `vision.encode` span is linked. Where only a
-    share of the traces is sampled, rate 0: Triton would send its spans of all, and so those calls have none of Triton's.
+    makes it trace those calls too, as traces of their own, to which our `vision.encode` span is linked. Rate 0 where
+    only a share of all traces is sampled: Triton knows no shares, and at rate 1 would send its spans of every call.
     """
     url = _http_traces_url()
     if url is None:
