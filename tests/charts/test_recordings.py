@@ -83,6 +83,16 @@ def test_gateway_and_workers_have_one_database_one_cold_store_and_one_folder() -
     assert volumes[0] == volumes[1] == {"name": "data", "persistentVolumeClaim": {"claimName": "nvila-gateway"}}
 
 
+def test_gateway_and_workers_seal_secrets_with_the_same_keys() -> None:
+    plain, sealed = render(WANTED), render(wanted(secretKeys={"existingSecret": "keys-of-ours"}))
+    for part, name in (
+        ("gateway", "NVILA_GATEWAY_RECORDINGS_SECRET_KEYS"),
+        ("recordings", "NVILA_RECORDINGS_SECRET_KEYS"),
+    ):
+        assert name not in environment(container(pod_of(plain, part)))
+        assert environment(container(pod_of(sealed, part)))[name] == "keys-of-ours/keys"
+
+
 def test_no_store_needs_no_credentials() -> None:
     for part in ("gateway", "recordings"):
         one = container(pod_of(render(WANTED), part))

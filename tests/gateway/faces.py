@@ -28,6 +28,7 @@ from nvila.model.estimate import RequestCost, request_cost
 from nvila.recordings.database import Database
 from nvila.recordings.inbox import Inbox
 from nvila.recordings.jobs import JobStore
+from nvila.recordings.seal import Seal
 from nvila.recordings.store import Quota, RecordingStore
 from nvila.telemetry.metrics import Metrics
 from nvila.types import (
@@ -47,6 +48,7 @@ from nvila.types import (
 from tests.gateway.test_pipeline import CONFIG
 
 KEY, OTHER_KEY = "key-of-acme-0001", "key-of-zeta-0001"
+SEAL = Seal(["c2VhbHMgd2hhdCB0ZXN0cyBrZWVwIHNlY3JldC4uLi4="])
 BEARER = {"Authorization": f"Bearer {KEY}"}
 CARD = ModelCard(
     name="tiny",
@@ -205,6 +207,7 @@ async def serving(
         inbox=Inbox(folder / "recordings", most_bytes=1 << 20),
         segments=folder / "recordings",
         quota=Quota(recordings=8, live=4, queued_jobs=8),
+        seal=SEAL,
     )
     streams = Admission(permits=8, queue=0, wait_s=5)
     services = Services(

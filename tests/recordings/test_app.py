@@ -119,10 +119,21 @@ def test_a_malformed_variable_stops_it_and_is_named(tmp_path: Path) -> None:
     assert "many" not in said
 
 
+def test_a_key_that_is_none_stops_it_and_is_not_repeated(tmp_path: Path) -> None:
+    started = Program(tmp_path, SECRET_KEYS="hunter2hunter2")
+
+    _, said = started.process.communicate(timeout=PATIENCE_S)
+
+    assert started.process.returncode == 1
+    assert "NVILA_RECORDINGS_SECRET_KEYS" in said
+    assert "key 1 is not 32 bytes in URL-safe base64" in said
+    assert "hunter2" not in said
+
+
 def test_all_is_in_the_data_folder_unless_told_otherwise() -> None:
     plain = RecordingsSettings(data_dir=Path("/d"))
-    told = RecordingsSettings(data_dir=Path("/d"), dir=Path("/live"), database_url="postgresql://u:secret@h/d")  # type: ignore[arg-type]
+    told = RecordingsSettings(data_dir=Path("/d"), dir=Path("/live"), database_url="postgresql://u:hunter2@h/d")  # type: ignore[arg-type]
 
     assert (plain.database(), plain.folder()) == ("sqlite:////d/recordings.db", Path("/d/recordings"))
-    assert (told.database(), told.folder()) == ("postgresql://u:secret@h/d", Path("/live"))
-    assert "secret" not in repr(told)
+    assert (told.database(), told.folder()) == ("postgresql://u:hunter2@h/d", Path("/live"))
+    assert "hunter2" not in repr(told)

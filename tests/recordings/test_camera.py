@@ -14,10 +14,12 @@ from pathlib import Path
 import av
 import psutil
 import pytest
+from cryptography.fernet import Fernet
 
 from nvila.errors import ForbiddenURL, InvalidRequest, NotFound, Unauthenticated, Unavailable
 from nvila.recordings.camera import CameraLimits, CameraReader, check_camera_url
 from nvila.recordings.capture import CaptureClock, StatusReader, parameter_sets
+from nvila.recordings.seal import Seal
 from nvila.recordings.sources import Away, Footage, LiveEvent
 from nvila.recordings.types import Recording, Source, SourceKind
 from nvila.telemetry.metrics import Metrics
@@ -29,6 +31,7 @@ _LIMITS = CameraLimits(
     segment_s=0.4, open_s=5.0, silence_s=1.0, first_pause_s=0.2, longest_pause_s=0.4, refused_pause_s=0.5
 )
 _SECRET = "operator:p@ss/w:rd"
+_SEAL = Seal([Fernet.generate_key().decode()])
 
 
 class Loopback:
@@ -57,7 +60,7 @@ def other_clip(tmp_path_factory: pytest.TempPathFactory) -> Clip:
 
 @pytest.fixture
 def reader(tmp_path: Path) -> Iterator[CameraReader]:
-    opened = CameraReader(Loopback(), tmp_path / "captures", Metrics(), _LIMITS)
+    opened = CameraReader(Loopback(), tmp_path / "captures", Metrics(), _LIMITS, _SEAL)
     yield opened
     opened.close()
 
@@ -168,7 +171,7 @@ async def test_credentials_are_given_and_their_revocation_is_told_and_never_logg
     user, _, password = _SECRET.partition(":")
     async with (
         camera(clip, user=user, password=password, is_digest=is_digest) as shown,
-        aclosing(reader.events(watched(shown, secret=_SECRET))) as events,
+        aclosing(reader.events(watched(shown, secret=_SEAL.close(_SECRET)))) as events,
     ):
         await footage(events)
         argv = [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]

@@ -12,10 +12,12 @@ from typing import Any
 
 import httpcore
 import pytest
+from cryptography.fernet import Fernet
 
 from nvila.errors import ForbiddenURL, InvalidRequest
 from nvila.gateway.egress import parse_url
 from nvila.recordings.jobs import JobStore
+from nvila.recordings.seal import Seal
 from nvila.recordings.store import RecordingStore
 from nvila.recordings.types import Job, JobKind, Recording, RecordingState
 from nvila.recordings.watch import WatchHandler
@@ -25,7 +27,9 @@ from tests.recordings import made
 from tests.recordings.asked import CAPTURED_AT, Asking, Dying, Killed, Model, chunk_of, fill, grow
 from tests.recordings.made import Clock
 
-HOOK = {"webhook_url": "https://hooks.example/alerts", "secret": "a secret of the client"}
+SEAL = Seal([Fernet.generate_key().decode()])
+SECRET = "a secret of the client"
+HOOK = {"webhook_url": "https://hooks.example/alerts", "secret": SEAL.close(SECRET)}
 
 
 @pytest.fixture
@@ -53,7 +57,7 @@ def odd(text: str, window: RecordingWindow | None) -> str:
 
 
 def watching(asking: Asking, sender: WebhookSender) -> WatchHandler:
-    return WatchHandler(asking.caller, asking.store, sender, poll_s=0.01)
+    return WatchHandler(asking.caller, asking.store, sender, SEAL, poll_s=0.01)
 
 
 async def calls(jobs: JobStore) -> list[Job]:
@@ -78,7 +82,8 @@ async def test_each_chunk_of_a_finished_window_is_asked_about_once(asking: Askin
     delivered = await calls(asking.jobs)
     assert [json.loads(call.params["body"])["id"] for call in delivered] == [f"{job.id}.1", f"{job.id}.3"]
     assert json.loads(delivered[0].params["body"]) == alert
-    assert all(call.params["secret"] == HOOK["secret"] for call in delivered)
+    assert all(SEAL.open(call.params["secret"]) == SECRET for call in delivered)
+    assert not any(SECRET in str(call.params) for call in delivered)
 
 
 async def test_on_a_live_recording_it_begins_with_the_next_chunk_and_ends_with_the_recording(

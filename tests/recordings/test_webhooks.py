@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from cryptography.fernet import Fernet
 
 from nvila.errors import ForbiddenURL, InvalidRequest, LimitExceeded, Unavailable
 from nvila.gateway.egress import EgressPolicy, PinnedBackend, parse_url
+from nvila.recordings.seal import Seal
 from nvila.recordings.types import Job, JobKind, JobState
 from nvila.recordings.webhooks import (
     DeliverHandler,
@@ -84,8 +86,8 @@ class Held:
     job: Job
 
 
-def delivery(url: str, event: dict[str, Any] | None = None) -> Held:
-    params = deliver_params(Webhook(url=url, secret=SECRET), "job_1.7", event or {"type": "recording.alert"})
+def delivery(url: str, event: dict[str, Any] | None = None, secret: str = SECRET) -> Held:
+    params = deliver_params(Webhook(url=url, secret=secret), "job_1.7", event or {"type": "recording.alert"})
     job = Job(
         id="job_2",
         tenant="acme",
@@ -105,8 +107,10 @@ def delivery(url: str, event: dict[str, Any] | None = None) -> Held:
 
 async def test_a_call_carries_its_event_an_id_a_time_and_their_signature() -> None:
     async with receiving(Receiver()) as receiver:
-        deliver = DeliverHandler(sender("hooks.example"), clock=lambda: 1_800_000_000.9)
-        result = await deliver(delivery(f"http://hooks.example:{receiver.port}/alerts?x=1", {"chunk": 7}))
+        seal = Seal([Fernet.generate_key().decode()])
+        deliver = DeliverHandler(sender("hooks.example"), seal, clock=lambda: 1_800_000_000.9)
+        address = f"http://hooks.example:{receiver.port}/alerts?x=1"
+        result = await deliver(delivery(address, {"chunk": 7}, seal.close(SECRET)))
 
     ((headers, body),) = receiver.requests
     assert result == {"status": 204, "webhook_id": "job_1.7"}
@@ -224,11 +228,11 @@ async def test_nobody_there_is_worth_another_try() -> None:
 )
 def test_an_address_without_a_good_secret_is_refused(params: dict[str, Any], says: str) -> None:
     with pytest.raises(InvalidRequest, match=says):
-        Webhook.of(params)
+        Webhook.of(params, Seal())
 
 
 def test_no_address_is_no_webhook() -> None:
-    assert Webhook.of({"secret": SECRET}) is None
+    assert Webhook.of({"secret": SECRET}, Seal()) is None
 
 
 def test_an_event_that_is_too_large_is_refused() -> None:

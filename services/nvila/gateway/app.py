@@ -38,6 +38,7 @@ from nvila.recordings.database import Database
 from nvila.recordings.encode import GroupEncoder, LostTokens
 from nvila.recordings.inbox import Inbox
 from nvila.recordings.jobs import JobStore
+from nvila.recordings.seal import UNSEALED, Seal
 from nvila.recordings.store import Quota, RecordingStore
 from nvila.recordings.window import RecordingWindows
 from nvila.telemetry import logs, names
@@ -187,6 +188,9 @@ async def _open_recordings(settings: GatewaySettings, files: FileStore, opened: 
     opened.push_async_callback(database.close)
     await database.migrate()
     shelf = RecordingStore(database)
+    seal = Seal(key.get_secret_value() for key in settings.recordings_secret_keys)
+    if not seal.is_on:
+        _log.warning(UNSEALED, extra=fields(setting="NVILA_GATEWAY_RECORDINGS_SECRET_KEYS"))
     recordings = Recordings(
         shelf=shelf,
         jobs=JobStore(database),
@@ -196,6 +200,7 @@ async def _open_recordings(settings: GatewaySettings, files: FileStore, opened: 
         quota=Quota(
             recordings=settings.max_recordings, live=settings.max_live_recordings, queued_jobs=settings.max_queued_jobs
         ),
+        seal=seal,
     )
     cold = await asyncio.to_thread(ColdStore, settings.recordings_cold_url or str(live))
     return _Recorded(shelf=shelf, cold=cold, recordings=recordings)

@@ -17,6 +17,7 @@ from nvila.errors import Conflict, ForbiddenURL, InvalidRequest, LimitExceeded, 
 from nvila.gateway.files import StoredFile
 from nvila.recordings.asking import fingerprint, window_params
 from nvila.recordings.inbox import Inbox
+from nvila.recordings.seal import SECRET, Seal
 from nvila.recordings.store import Page, Quota, new_recording_id
 from nvila.recordings.types import (
     ChunkPolicy,
@@ -35,7 +36,7 @@ from nvila.types import Gap, MediaKind, RecordingWindow
 
 ASKED_KINDS = (JobKind.ASK, JobKind.SUMMARY, JobKind.TIMELINE, JobKind.WHEN, JobKind.WATCH)
 """What a client may submit; the other kinds come of what it does to recordings."""
-NEVER_SHOWN = frozenset({"secret"})
+NEVER_SHOWN = frozenset({SECRET})
 """Params that go in and never come out."""
 
 _SCHEMES = {
@@ -159,7 +160,15 @@ class Seen:
 
 class Recordings:
     def __init__(
-        self, *, shelf: Shelf, jobs: Jobs, files: Files, inbox: Inbox, segments: Path, quota: Quota | None = None
+        self,
+        *,
+        shelf: Shelf,
+        jobs: Jobs,
+        files: Files,
+        inbox: Inbox,
+        segments: Path,
+        quota: Quota | None = None,
+        seal: Seal | None = None,
     ) -> None:
         """`segments`: the folder that `Segment.path` is relative to."""
         self.shelf = shelf
@@ -168,6 +177,7 @@ class Recordings:
         self._files = files
         self._segments = segments
         self._quota = quota or Quota()
+        self._seal = seal or Seal()
 
     async def add(self, tenant: str, new: NewRecording, idempotency_key: str | None = None) -> Recording:
         """The recording, durable, and a job that ingests it. Raises `InvalidRequest`, `NotFound` (its file),
@@ -175,6 +185,8 @@ class Recordings:
         source, name = await self._source(tenant, new)
         _check_policy(new.policy)
         _check_metadata(new.metadata)
+        if source.secret is not None:
+            source = replace(source, secret=self._seal.close(source.secret))
         recording = Recording(
             id=new_recording_id(),
             tenant=tenant,
@@ -186,7 +198,11 @@ class Recordings:
             captured_at=new.captured_at,
             metadata=dict(new.metadata),
         )
-        asked = {"source": asdict(source), "policy": asdict(new.policy), "captured_at": new.captured_at}
+        asked = {
+            "source": {**asdict(source), "secret": source.secret is not None},
+            "policy": asdict(new.policy),
+            "captured_at": new.captured_at,
+        }
         job = await self.jobs.submit(
             tenant=tenant,
             kind=JobKind.INGEST,
@@ -218,6 +234,8 @@ class Recordings:
         recording = await self.get(tenant, recording_id)
         _check_reach(window, recording)
         whole = {**params, **window_params(window)}
+        if isinstance(whole.get(SECRET), str):
+            whole[SECRET] = self._seal.close(whole[SECRET])
         if kind in (JobKind.ASK, JobKind.WHEN, JobKind.WATCH) and not str(whole.get("question") or "").strip():
             raise InvalidRequest(f"question: missing; a job of kind {kind} needs one", param="params.question")
         return await self.jobs.submit(

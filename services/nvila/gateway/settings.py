@@ -14,6 +14,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator, model_v
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from nvila.gateway.egress import AllowRule
+from nvila.recordings.seal import Seal
 
 _PREFIX = "NVILA_GATEWAY_"
 _MIB = 1 << 20
@@ -73,6 +74,9 @@ class GatewaySettings(BaseSettings):
     recordings_cold_url: str = ""
     """Where the recordings part keeps visual tokens and footage for good; the same as its NVILA_RECORDINGS_COLD_URL.
     Default: the folder for live recordings."""
+    recordings_secret_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    """What seals the passwords of cameras and the secrets of webhooks in the database: the same as the recordings
+    part's NVILA_RECORDINGS_SECRET_KEYS."""
     max_recordings: Count = 10_000
     """Most recordings of a tenant."""
     max_live_recordings: Count = 64
@@ -173,12 +177,18 @@ class GatewaySettings(BaseSettings):
             lines = (f"{_variable(found['loc'])}: {found['msg']}" for found in error.errors(include_input=False))
             raise SystemExit("\n".join(lines)) from None
 
-    @field_validator("api_keys", "fetch_allow", "fetch_ports", mode="before")
+    @field_validator("api_keys", "recordings_secret_keys", "fetch_allow", "fetch_ports", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(item.strip() for item in value.split(",") if item.strip())
         return value
+
+    @field_validator("recordings_secret_keys")
+    @classmethod
+    def _check_secret_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        Seal(key.get_secret_value() for key in keys)
+        return keys
 
     @field_validator("api_keys")
     @classmethod

@@ -42,6 +42,8 @@ from nvila.recordings.inbox import Inbox
 from nvila.recordings.ingest import DeleteHandler, IngestHandler
 from nvila.recordings.jobs import JobStore
 from nvila.recordings.questions import AskHandler
+from nvila.recordings.reseal import reseal
+from nvila.recordings.seal import UNSEALED, Seal
 from nvila.recordings.search import SimilaritySearch
 from nvila.recordings.settings import RecordingsSettings
 from nvila.recordings.sources import FileSources, LiveSources, PushedReader
@@ -113,6 +115,8 @@ async def _open(settings: RecordingsSettings, metrics: Metrics, health: Health, 
     database = Database.open(settings.database())
     opened.push_async_callback(database.close)
     await database.migrate()
+    seal = settings.seal()
+    await _reseal(database, seal)
     shelf, jobs = RecordingStore(database), JobStore(database)
     folder = settings.folder()
     inbox = Inbox(folder)
@@ -146,6 +150,7 @@ async def _open(settings: RecordingsSettings, metrics: Metrics, health: Health, 
         folder / "cameras",
         metrics,
         CameraLimits(),
+        seal,
     )
     opened.callback(cameras.close)
 
@@ -213,8 +218,8 @@ async def _open(settings: RecordingsSettings, metrics: Metrics, health: Health, 
         JobKind.SUMMARY: SummaryHandler(caller, windows, shelf),
         JobKind.TIMELINE: TimelineHandler(caller, windows, shelf),
         JobKind.WHEN: WhenHandler(caller, windows, shelf),
-        JobKind.WATCH: WatchHandler(caller, shelf, sender),
-        JobKind.DELIVER: DeliverHandler(sender),
+        JobKind.WATCH: WatchHandler(caller, shelf, sender, seal),
+        JobKind.DELIVER: DeliverHandler(sender, seal),
     }
     worker = Worker(settings.worker_name, jobs, handlers, worker_limits(settings, health), metrics)
     health.watch(database, worker, decoder, vision, metrics)
@@ -224,6 +229,17 @@ async def _open(settings: RecordingsSettings, metrics: Metrics, health: Health, 
     await opened.enter_async_context(_regularly(_SWEEP_EVERY_S, lambda: jobs.sweep(time.time() - settings.keep_jobs_s)))
     await opened.enter_async_context(_working(worker))
     _log.info("recordings started", extra=fields(worker=settings.worker_name, sqlite=database.is_sqlite))
+
+
+async def _reseal(database: Database, seal: Seal) -> None:
+    if not seal.is_on:
+        _log.warning(UNSEALED, extra=fields(setting="NVILA_RECORDINGS_SECRET_KEYS"))
+        return
+    done, left = await reseal(database, seal)
+    if done:
+        _log.info("secrets were sealed with the first key", extra=fields(count=done))
+    if left:
+        _log.error("secrets were sealed with none of the keys that are set", extra=fields(count=left))
 
 
 def worker_limits(settings: RecordingsSettings, health: Health) -> WorkerLimits:

@@ -21,6 +21,7 @@ from nvila.errors import InvalidRequest, LimitExceeded, NvilaError
 from nvila.model.config import NvilaConfig
 from nvila.model.estimate import text_at_most
 from nvila.recordings.planner import Budget
+from nvila.recordings.seal import SECRET
 from nvila.recordings.types import Job, JobKind, RecordedChunk
 from nvila.recordings.window import OpenWindow, Shelf, joined_gaps
 from nvila.types import (
@@ -213,8 +214,11 @@ def plain(payload: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def fingerprint(kind: JobKind, params: Mapping[str, Any], recording_id: str) -> str:
-    """Of a job's input (64 hex digits): equal inputs are equal, and checkpoints of another input are never used."""
-    said = json.dumps([kind, recording_id, params], sort_keys=True, separators=(",", ":"))
+    """Of a job's input (64 hex digits): equal inputs are equal, and checkpoints of another input are never used.
+
+    A secret is no part of it: it changes no answer, and a plain digest of it would be a way to guess it."""
+    told = {name: value for name, value in params.items() if name != SECRET}
+    said = json.dumps([kind, recording_id, told], sort_keys=True, separators=(",", ":"))
     return blake3(said.encode(), derive_key_context="nvila job fingerprint").hexdigest()
 
 

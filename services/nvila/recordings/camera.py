@@ -38,6 +38,7 @@ from nvila.errors import (
     from_wire,
 )
 from nvila.recordings.connection import Hello
+from nvila.recordings.seal import Seal
 from nvila.recordings.sources import Away, Footage, LiveEvent
 from nvila.recordings.types import Recording
 from nvila.telemetry import names
@@ -81,7 +82,9 @@ class CameraReader:
     """Reads RTSP sources (`sources.LiveReader`). `folder`: for pieces on their way, this process's alone while it
     lives; what killed processes left there is removed."""
 
-    def __init__(self, door: Door, folder: Path, metrics: MetricSink, limits: CameraLimits) -> None:
+    def __init__(
+        self, door: Door, folder: Path, metrics: MetricSink, limits: CameraLimits, seal: Seal | None = None
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         _remove_left_behind(folder)
         self._folder = folder / f"{os.getpid()}-{secrets.token_hex(4)}"
@@ -91,6 +94,7 @@ class CameraReader:
         self._door = door
         self._metrics = metrics
         self._limits = limits
+        self._seal = seal or Seal()
         self._captures: dict[tuple[str, str, str], _Capture] = {}
 
     @property
@@ -107,11 +111,12 @@ class CameraReader:
         source = recording.source
         assert source.url is not None, "checked where recordings are made"
         check_camera_url(source.url)
-        key = (recording.tenant, source.url, source.secret or "")
+        secret = self._seal.open(source.secret) if source.secret else None
+        key = (recording.tenant, source.url, secret or "")
         capture = self._captures.get(key)
         if capture is None:
             folder = self._folder / secrets.token_hex(8)
-            capture = _Capture(self._door, source.url, source.secret, folder, self._metrics, self._limits)
+            capture = _Capture(self._door, source.url, secret, folder, self._metrics, self._limits)
             self._captures[key] = capture
         listener = capture.listen()
         self._count()

@@ -13,6 +13,8 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from nvila.recordings.seal import Seal
+
 _PREFIX = "NVILA_RECORDINGS_"
 _MIB = 1 << 20
 
@@ -44,6 +46,11 @@ class RecordingsSettings(BaseSettings):
     cold_url: str = ""
     """Where visual tokens and footage are kept for good: a folder, or s3://bucket/prefix and whatever else fsspec
     opens (with the usual variables of that store). Default: the folder of live recordings."""
+
+    secret_keys: Annotated[tuple[SecretStr, ...], NoDecode] = ()
+    """What seals the passwords of cameras and the secrets of webhooks in the database: keys of 32 random bytes in
+    URL-safe base64, separated by commas; the first seals, all open. The gateway must have the same. None: they lie
+    there in clear, and a warning says so."""
 
     # -- what is behind it
     vision_url: HostPort = "127.0.0.1:8001"
@@ -149,12 +156,21 @@ class RecordingsSettings(BaseSettings):
             lines = (f"{_variable(found['loc'])}: {found['msg']}" for found in error.errors(include_input=False))
             raise SystemExit("\n".join(lines)) from None
 
-    @field_validator("fetch_allow", "fetch_ports", "camera_ports", "source_stores", mode="before")
+    @field_validator("secret_keys", "fetch_allow", "fetch_ports", "camera_ports", "source_stores", mode="before")
     @classmethod
     def _split(cls, value: object) -> object:
         if isinstance(value, str):
             return tuple(item.strip() for item in value.split(",") if item.strip())
         return value
+
+    @field_validator("secret_keys")
+    @classmethod
+    def _check_keys(cls, keys: tuple[SecretStr, ...]) -> tuple[SecretStr, ...]:
+        Seal(key.get_secret_value() for key in keys)
+        return keys
+
+    def seal(self) -> Seal:
+        return Seal(key.get_secret_value() for key in self.secret_keys)
 
     def database(self) -> str:
         return self.database_url.get_secret_value() if self.database_url else f"sqlite:///{self.data_dir}/recordings.db"

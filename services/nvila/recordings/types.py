@@ -56,7 +56,7 @@ class RecordingState(StrEnum):
 class Source:
     """Where a recording comes from: `file_id` for FILE, `url` (without credentials) for URL, RTSP and HLS.
 
-    `secret`: user:password of a camera or store, never shown, logged or exported.
+    `secret`: user:password of a camera or store, sealed (`seal.py`), never shown, logged or exported.
     """
 
     kind: SourceKind

@@ -25,6 +25,7 @@ from nvila.recordings.asking import (
     window_of,
 )
 from nvila.recordings.jobs import NewJob
+from nvila.recordings.seal import Seal
 from nvila.recordings.types import Job, JobKind, RecordedChunk, Recording, RecordingState
 from nvila.recordings.webhooks import ATTEMPTS, Webhook, WebhookSender, deliver_params
 from nvila.recordings.when import ANSWER_TOKENS, verdict
@@ -72,7 +73,10 @@ class WatchHandler:
     `alerts`, `unclear`: how many. `poll_s`: between looks for new chunks.
     """
 
-    def __init__(self, caller: Caller, shelf: Shelf, sender: WebhookSender, *, poll_s: float = 1.0) -> None:
+    def __init__(
+        self, caller: Caller, shelf: Shelf, sender: WebhookSender, seal: Seal | None = None, *, poll_s: float = 1.0
+    ) -> None:
+        self._seal = seal or Seal()
         self._caller = caller
         self._shelf = shelf
         self._sender = sender
@@ -82,7 +86,7 @@ class WatchHandler:
         job = claim.job
         assert job.recording_id is not None, "a job about a recording"
         question = f"{text_param(job.params, 'question')}\n{text_param(job.params, 'here', HERE)}"
-        webhook = Webhook.of(job.params)
+        webhook = Webhook.of(job.params, self._seal)
         if webhook is not None:
             self._sender.check(webhook.url)
         done = dict(await claim.checkpoints())

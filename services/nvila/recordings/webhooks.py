@@ -18,13 +18,14 @@ import json
 import ssl
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import httpcore
 import httpx
 
 from nvila.errors import InvalidRequest, LimitExceeded, NvilaError, Unavailable
+from nvila.recordings.seal import Seal
 from nvila.recordings.types import Job, JobKind
 
 LEAST_SECRET = 16
@@ -48,22 +49,24 @@ class Refused(NvilaError):
 
 @dataclass(frozen=True, kw_only=True)
 class Webhook:
-    """Where alerts go, as a client asked for it."""
+    """Where alerts go, as a client asked for it. `secret`: sealed, as it stands in the job's params."""
 
     url: str
-    secret: str
+    secret: str = field(repr=False)
 
     @classmethod
-    def of(cls, params: Mapping[str, Any]) -> Webhook | None:
-        """From a job's params `webhook_url` and `secret`; None without an address. Raises `InvalidRequest`."""
+    def of(cls, params: Mapping[str, Any], seal: Seal) -> Webhook | None:
+        """From a job's params `webhook_url` and `secret`; None without an address. Raises `InvalidRequest`, and
+        `Unavailable` for a secret that `seal` cannot open."""
         url, secret = params.get("webhook_url"), params.get("secret")
         if url is None:
             return None
         if not isinstance(url, str) or not 0 < len(url) <= _LONGEST_URL:
             raise InvalidRequest(f"webhook_url: must be an address of at most {_LONGEST_URL} characters")
-        if not isinstance(secret, str) or not LEAST_SECRET <= len(secret) <= MOST_SECRET:
+        length = len(seal.open(secret)) if isinstance(secret, str) else 0
+        if not isinstance(secret, str) or not LEAST_SECRET <= length <= MOST_SECRET:
             raise InvalidRequest(
-                f"secret: {len(secret) if isinstance(secret, str) else 0} characters given, {LEAST_SECRET} to "
+                f"secret: {length} characters given, {LEAST_SECRET} to "
                 f"{MOST_SECRET} are needed to sign calls of webhook_url",
                 param="secret",
             )
@@ -188,8 +191,11 @@ class DeliverHandler:
     """Makes one call. Result: `status`, `webhook_id`. Raises `Unavailable` (to be tried again) when the receiver is
     away, busy or broken, `Refused` for any other answer but 2xx, `ForbiddenURL`."""
 
-    def __init__(self, sender: WebhookSender, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(
+        self, sender: WebhookSender, seal: Seal | None = None, *, clock: Callable[[], float] = time.time
+    ) -> None:
         self._sender = sender
+        self._seal = seal or Seal()
         self._clock = clock
 
     async def __call__(self, claim: _Held) -> Mapping[str, Any]:
@@ -200,7 +206,7 @@ class DeliverHandler:
             "Content-Type": "application/json",
             "webhook-id": webhook_id,
             "webhook-timestamp": str(timestamp),
-            "webhook-signature": sign(params["secret"], webhook_id, timestamp, body),
+            "webhook-signature": sign(self._seal.open(params["secret"]), webhook_id, timestamp, body),
         }
         status = await self._sender.post(params["webhook_url"], headers, body)
         if 200 <= status < 300:

@@ -2,7 +2,7 @@
 Where recordings are kept: what gateway and workers must agree on.
 */}}
 
-{{/* Environment with the database and the cold store. Takes: list root prefix-of-the-variables. */}}
+{{/* Environment with the database, the cold store and the keys of what is secret. Takes: list root prefix-of-the-variables. */}}
 {{- define "nvila.recordingsEnv" -}}
 {{- $own := (index . 0).Values.recordings }}
 {{- if $own.enabled -}}
@@ -11,6 +11,13 @@ Where recordings are kept: what gateway and workers must agree on.
     secretKeyRef:
       name: {{ $own.database.existingSecret }}
       key: url
+{{- with $own.secretKeys.existingSecret }}
+- name: NVILA_{{ index $ 1 }}_SECRET_KEYS
+  valueFrom:
+    secretKeyRef:
+      name: {{ . }}
+      key: keys
+{{- end }}
 {{- with $own.coldUrl }}
 - name: NVILA_{{ index $ 1 }}_COLD_URL
   value: {{ . | quote }}
