@@ -29,6 +29,7 @@ UNUSUAL: dict[str, dict[str, Any]] = {
         "model": {"source": "existingClaim", "existingClaim": {"name": "weights"}},
     },
     "TLS everywhere": {
+        "tls": {"enabled": True, "existingSecret": "internal"},
         "redis": {"tls": {"enabled": True, "existingSecret": "redis-tls"}},
         "tracing": {"endpoint": "https://otlp.example.com:4317"},
         "gateway": {"ingress": {"enabled": True, "grpcHost": "grpc.example.com", "tlsSecret": "tls"}},
@@ -76,6 +77,7 @@ OFTEN_TOGETHER: dict[str, dict[str, dict[str, Any]]] = {
     "TLS": {
         "none": {"gateway": {"ingress": {"enabled": True}}},
         "everywhere": {
+            "tls": {"enabled": True, "existingSecret": "internal"},
             "redis": {"tls": {"enabled": True, "existingSecret": "redis-tls"}},
             "tracing": {"endpoint": "https://otlp.example.com", "protocol": "http/protobuf"},
             "gateway": {"ingress": {"enabled": True, "grpcHost": "grpc.example.com", "tlsSecret": "tls"}},

@@ -87,6 +87,7 @@ def test_a_mistake_is_refused_by_the_schema(values: dict[str, Any]) -> None:
         ({"redis": {"enabled": False}}, "redis.external.host"),
         ({"redis": {"enabled": False, "external": {"host": "r"}}}, "redis.auth.existingSecret"),
         ({"redis": {"tls": {"enabled": True}}}, "redis.tls.existingSecret"),
+        ({"tls": {"enabled": True}}, "tls.existingSecret, with ca.crt"),
         ({"redis": {"external": {"cluster": True, "database": 2}}}, "database 0 only"),
         ({"decode": {"autoscaling": {"kind": "ray"}}}, "decode.mode=rayservice"),
         ({"decode": {"mode": "rayservice", "autoscaling": {"kind": "keda"}}}, "set it to ray"),

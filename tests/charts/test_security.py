@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from nvila.cache.servers import Cluster, connect
+from nvila.decode.settings import Settings as DecodeSettings
 from nvila.gateway.settings import GatewaySettings
 from tests.charts.helm import PROFILES, Rendered, container, environment, pod_of, render
 
@@ -103,6 +104,36 @@ def test_redis_over_tls_is_verified_with_the_given_authority() -> None:
     assert "port 0\ntls-port 6379" in rendered.get("ConfigMap", "redis")["data"]["redis.conf"]
 
 
+@pytest.mark.parametrize("mode", ["deployment", "rayservice"])
+def test_programs_call_each_other_over_tls_only_when_told_to(mode: str) -> None:
+    rendered = render(
+        {
+            "tls": {"enabled": True, "existingSecret": "internal"},
+            "decode": {"mode": mode},
+            "recordings": {"enabled": True, "database": {"existingSecret": "db"}},
+            "gateway": {"data": {"persistence": {"enabled": True}}},
+        }
+    )
+    programs = ("gateway", "recordings", "vision", "decode")
+    pods = [(name, pod) for name, pod in rendered.pods() if any(f"nvila-{part}" in name for part in programs)]
+    assert len(pods) == len(programs) + (mode == "rayservice")
+    for name, pod in pods:
+        (folder,) = [one["mountPath"] for one in container(pod)["volumeMounts"] if one["name"] == "tls"]
+        assert {"name": "tls", "secret": {"secretName": "internal"}} in pod["volumes"], name
+        told = {key: value for key, value in environment(container(pod)).items() if key.endswith("_TLS_DIR")}
+        assert list(told.values()) == [folder] or container(pod)["args"] == ["--tls-folder", folder], name
+    port = int(environment(container(pods[-1][1])).get("NVILA_DECODE_TLS_PORT", 9443))
+    assert port == DecodeSettings.model_fields["tls_port"].default
+    for part in ("gateway", "recordings"):
+        told = environment(container(pod_of(rendered, part)))
+        assert told[f"NVILA_{part.upper()}_DECODE_TARGET"].endswith(f":{port}")
+    (served,) = rendered.get("Service", "decode")["spec"]["ports"]
+    assert (served["port"], served["appProtocol"]) == (port, "https")
+    callers = {"gateway", "recordings"} | ({"decode"} if mode == "rayservice" else set())
+    assert _callers(rendered, "decode", port) == callers
+    assert _callers(rendered, "decode", 9000) == callers - {"gateway", "recordings"}
+
+
 @pytest.mark.parametrize("has_tls", [False, True])
 @pytest.mark.parametrize("is_cluster", [False, True])
 def test_the_programs_can_read_the_address_of_an_external_redis(has_tls: bool, is_cluster: bool) -> None:
@@ -183,6 +214,12 @@ def test_the_gateway_fetches_from_public_addresses_only_and_only_on_its_ports() 
     assert [one["port"] for one in rule["ports"]] == [443]
     (peer,) = rule["to"]
     assert {"10.0.0.0/8", "169.254.0.0/16", "127.0.0.0/8"} <= set(peer["ipBlock"]["except"])
+
+
+def test_a_mirror_of_the_hub_is_reached_on_its_port() -> None:
+    hub = {"repo": "own/weights", "endpoint": "https://hub.example.com:8443/api"}
+    policy = render({"model": {"source": "hub", "hub": hub}}).get("NetworkPolicy", "decode")
+    assert 8443 in {one["port"] for rule in policy["spec"]["egress"] for one in rule["ports"]}
 
 
 def test_external_services_are_allowed_on_their_ports() -> None:

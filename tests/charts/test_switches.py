@@ -408,6 +408,11 @@ def test_notes_give_users_of_an_external_redis_the_rights_that_the_programs_need
     assert "+asking" not in _notes(*external)
 
 
+def test_notes_name_whom_the_certificate_must_be_for() -> None:
+    told = [line.strip() for line in _notes("tls.enabled=true", "tls.existingSecret=s").splitlines()]
+    assert {f"nvila-{part}.default.svc.cluster.local" for part in ("vision", "decode")} <= set(told)
+
+
 def test_extra_objects_may_use_values_of_the_release() -> None:
     extra = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "{{ .Release.Name }}-mine"}}
     assert "nvila-mine" in {one["metadata"]["name"] for one in render({"extraObjects": [extra]})}

@@ -72,6 +72,21 @@ labels:
 {{- printf "%s.%s.svc.%s" (include "nvila.component" .) (index . 0).Release.Namespace (index . 0).Values.clusterDomain }}
 {{- end }}
 
+{{/* Folder of the certificate for calls between our programs; nothing where they speak in the clear. */}}
+{{- define "nvila.tlsFolder" -}}
+{{- if .Values.tls.enabled }}/etc/nvila/tls{{ end }}
+{{- end }}
+
+{{/* Port of decode's gRPC API: with TLS one that speaks nothing else. */}}
+{{- define "nvila.decodePort" -}}
+{{- .Values.tls.enabled | ternary 9443 9000 }}
+{{- end }}
+
+{{/* Application protocol of vision's and decode's ports. */}}
+{{- define "nvila.grpcProtocol" -}}
+{{- .Values.tls.enabled | ternary "https" "kubernetes.io/h2c" }}
+{{- end }}
+
 {{/* Whether the vision pool may be empty: "true" or nothing. */}}
 {{- define "nvila.visionMaySleep" -}}
 {{- $auto := .Values.vision.autoscaling }}
@@ -120,6 +135,9 @@ labels:
 {{- end }}
 {{- if and $v.redis.tls.enabled (empty $v.redis.tls.existingSecret) }}
 {{- fail "redis.tls.enabled needs redis.tls.existingSecret, with its certificates" }}
+{{- end }}
+{{- if and $v.tls.enabled (empty $v.tls.existingSecret) }}
+{{- fail "tls.enabled needs tls.existingSecret, with ca.crt, tls.crt and tls.key for vision and decode" }}
 {{- end }}
 {{- $ray := eq $v.decode.mode "rayservice" }}
 {{- $kind := $v.decode.autoscaling.kind }}

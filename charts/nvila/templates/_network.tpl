@@ -100,9 +100,13 @@ spec:
 {{- end }}
 {{- end }}
 
-{{/* Where weights come from: the hub or a store over HTTPS (or a store's own port). Takes: root. */}}
+{{/* Where weights come from: the hub, its mirror, or a store over HTTPS (or a store's own port). Takes: root. */}}
 {{- define "nvila.egressModel" -}}
 {{- if has .Values.model.source (list "hub" "objectStore") }}
-{{ include "nvila.egressOutside" (list . (list 443 80 9000)) }}
+{{- $ports := list 443 80 9000 }}
+{{- with regexFind ":[0-9]+" (get (urlParse .Values.model.hub.endpoint) "host") }}
+{{- $ports = append $ports (trimPrefix ":" . | int) | uniq }}
+{{- end }}
+{{ include "nvila.egressOutside" (list . $ports) }}
 {{- end }}
 {{- end }}

@@ -182,6 +182,11 @@ has another name than the role. */}}
       - key: ca.crt
         path: ca.crt
 {{- end }}
+{{- if include "nvila.tlsFolder" $root }}
+- name: tls
+  secret:
+    secretName: {{ $root.Values.tls.existingSecret }}
+{{- end }}
 {{- end }}
 
 {{/* And where they are seen. Takes: root. */}}
@@ -193,6 +198,11 @@ has another name than the role. */}}
 {{- if .Values.redis.tls.enabled }}
 - name: redis-ca
   mountPath: /etc/nvila/redis-ca
+  readOnly: true
+{{- end }}
+{{- with include "nvila.tlsFolder" . }}
+- name: tls
+  mountPath: {{ . }}
   readOnly: true
 {{- end }}
 {{- end }}

@@ -17,6 +17,12 @@ of one Ray cluster.
   value: "8100"
 - name: NVILA_DECODE_GRPC_PORT
   value: "9000"
+{{- with include "nvila.tlsFolder" $root }}
+- name: NVILA_DECODE_TLS_DIR
+  value: {{ . }}
+- name: NVILA_DECODE_TLS_PORT
+  value: {{ include "nvila.decodePort" $root | quote }}
+{{- end }}
 - name: NVILA_DECODE_MIN_REPLICAS
   value: {{ index . 1 | quote }}
 - name: NVILA_DECODE_MAX_REPLICAS
