@@ -135,6 +135,8 @@ async def test_each_error_has_its_status_and_its_code(
             _request(pb.Part(video=pb.Video(url="http://a/", sampling=pb.VideoSampling(fps=float("nan"))))),
             "messages[0].parts[0].video",
         ),
+        (_request(*[pb.Part(text="")] * 5000), "messages"),
+        (pb.ChatRequest(messages=[pb.Message()] * 5000), "messages"),
         (_request(temperature=float("nan")), "temperature"),
         (_request(temperature=2.5), "temperature"),
         (_request(top_p=1.5), "top_p"),

@@ -329,6 +329,12 @@ async def test_another_tenants_file_is_not_there() -> None:
     assert caught.value.param == "messages[0].content[0].video_url"
 
 
+async def test_a_file_part_names_an_uploaded_file_and_nothing_else() -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        await _question(messages=_of({"type": "file", "file": {"file_id": "https://example.com/a.jpg"}}))
+    assert caught.value.param == "messages[0].content[0].file.file_id"
+
+
 @pytest.mark.parametrize(
     "address",
     [

@@ -25,7 +25,7 @@ from nvila.gateway.grpc_call import answering, header
 from nvila.gateway.grpc_recordings import SERVICE as RECORDING_SERVICE
 from nvila.gateway.grpc_recordings import RecordingService
 from nvila.gateway.recordings import Recordings
-from nvila.gateway.request import Asked, AskedMedia, AskedMessage
+from nvila.gateway.request import Asked, AskedMedia, AskedMessage, RequestLimits, check_counts
 from nvila.model.config import NvilaConfig
 from nvila.types import (
     Answered,
@@ -109,7 +109,7 @@ class ChatService(ChatServiceServicer):
     async def Chat(self, request: pb.ChatRequest, context: grpc.aio.ServicerContext) -> None:
         """Not a generator: a cancelled one would be closed only when it is collected."""
         async with answering(context, SERVICE, "Chat"), self._front.admitted("grpc"):
-            asked = to_asked(request, context.time_remaining(), self._front.limits.timeout_s)
+            asked = to_asked(request, context.time_remaining(), self._front.limits)
             question, card = await self._front.question(asked, self._keys.tenant(header(context, "authorization")))
             started = pb.Started(id=answer_id(question), model=card.name)
             await context.write(pb.ChatResponse(started=started))
@@ -170,9 +170,11 @@ def _refusal(message: str) -> grpc.RpcMethodHandler:
 # -- from protobuf
 
 
-def to_asked(request: pb.ChatRequest, left_s: float | None, most_s: float) -> Asked:
-    """`left_s`: of the call's deadline, None without one; cut to `most_s`, because it is a bound on the client's own
+def to_asked(request: pb.ChatRequest, left_s: float | None, limits: RequestLimits) -> Asked:
+    """`left_s`: of the call's deadline, None without one; cut to the limit, because it is a bound on the client's own
     patience and not a wish. Raises `InvalidRequest`."""
+    parts = sum(len(message.parts) for message in request.messages[: limits.messages])
+    check_counts(messages=len(request.messages), parts=parts, media=0, limits=limits)
     sampling = request.sampling
     return Asked(
         model=request.model,
@@ -183,7 +185,7 @@ def to_asked(request: pb.ChatRequest, left_s: float | None, most_s: float) -> As
         top_k=sampling.top_k if sampling.HasField("top_k") else None,
         seed=sampling.seed % 2**63 if sampling.HasField("seed") else None,
         stop=tuple(sampling.stop),
-        timeout_s=None if left_s is None else min(left_s, most_s),
+        timeout_s=None if left_s is None else min(left_s, limits.timeout_s),
     )
 
 

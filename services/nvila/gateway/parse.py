@@ -8,15 +8,14 @@ from typing import Any
 from pydantic import ValidationError
 from pydantic_core import from_json
 
-from nvila.errors import InvalidRequest, LimitExceeded
+from nvila.errors import InvalidRequest
 from nvila.gateway import schema
+from nvila.gateway.files import FILE_PREFIX
 from nvila.gateway.request import Asked, AskedMedia, AskedMessage, RequestLimits, capture_time, check_counts
 from nvila.types import MediaKind, RecordingWindow, Role, VideoSampling
 
 _ROLES = {"system": Role.SYSTEM, "developer": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}
 _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)s")
-_MOST_PARTS = 4096
-"""Parts of all messages together, so that a body cannot consist of a million empty text parts."""
 
 
 def parse_chat(body: bytes, limits: RequestLimits) -> schema.ChatRequest:
@@ -69,9 +68,7 @@ def _count(plain: dict[str, Any], limits: RequestLimits) -> None:
     contents = [message.get("content") for message in messages if isinstance(message, dict)]
     parts = [part for content in contents if isinstance(content, list) for part in content]
     media = sum(isinstance(part, dict) and part.get("type") != "text" for part in parts)
-    check_counts(len(messages), media, limits)
-    if len(parts) > _MOST_PARTS:
-        raise LimitExceeded.of("parts", asked=len(parts), limit=_MOST_PARTS, param="messages")
+    check_counts(messages=len(messages), parts=len(parts), media=media, limits=limits)
 
 
 def _refusal(error: ValidationError) -> InvalidRequest:
@@ -107,6 +104,8 @@ def _part(part: schema.Part, param: str, for_all: VideoSampling) -> str | AskedM
                 param=f"{param}.video_url", kind=MediaKind.VIDEO, address=part.video_url.url, sampling=sampling
             )
         case schema.FilePart():
+            if part.file.file_id is not None and not part.file.file_id.startswith(FILE_PREFIX):
+                raise InvalidRequest("file_id must be the id of an uploaded file", param=f"{param}.file.file_id")
             given = [address for address in (part.file.file_id, part.file.file_data) if address is not None]
             if len(given) != 1:
                 raise InvalidRequest("file: exactly one of file_id and file_data is needed", param=f"{param}.file")

@@ -34,6 +34,8 @@ from nvila.types import (
 _LONGEST_URL = 8192
 _MOST_STOPS = 4
 _LONGEST_STOP = 256
+_MOST_PARTS = 4096
+"""Of all messages together, so that a request cannot consist of a million empty texts."""
 _RECORDING_ID = re.compile(r"rec_[0-9a-f]{32}")
 _MOST_FPS = 1000.0
 _LATEST_S = 1e6
@@ -136,18 +138,22 @@ def capture_time(text: str | None, param: str) -> float | None:
     return moment.timestamp()
 
 
-def check_counts(messages: int, media: int, limits: RequestLimits) -> None:
+def check_counts(*, messages: int, parts: int, media: int, limits: RequestLimits) -> None:
+    """For the faces: before they look at what a request's messages and parts hold."""
     if messages > limits.messages:
         raise LimitExceeded.of("messages", asked=messages, limit=limits.messages, param="messages")
     if media > limits.media:
         raise LimitExceeded.of("images and videos", asked=media, limit=limits.media, param="messages")
+    if parts > _MOST_PARTS:
+        raise LimitExceeded.of("parts", asked=parts, limit=_MOST_PARTS, param="messages")
 
 
 def _check_messages(messages: Sequence[AskedMessage], limits: RequestLimits) -> None:
     if not messages:
         raise InvalidRequest("messages: none given, at least one is needed", param="messages")
-    media = sum(isinstance(part, AskedMedia) for message in messages for part in message.parts)
-    check_counts(len(messages), media, limits)
+    parts = [part for message in messages for part in message.parts]
+    media = sum(isinstance(part, AskedMedia) for part in parts)
+    check_counts(messages=len(messages), parts=len(parts), media=media, limits=limits)
     chars = sum(len(part) for message in messages for part in message.parts if isinstance(part, str))
     if chars > limits.text_chars:
         raise LimitExceeded.of("characters of text", asked=chars, limit=limits.text_chars, param="messages")
