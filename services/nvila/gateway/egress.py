@@ -32,6 +32,8 @@ _NEVER = (
     ipaddress.IPv6Network("2001::/32"),  # Teredo: the same
     ipaddress.IPv6Network("::/96"),  # IPv4-compatible, deprecated
     ipaddress.IPv6Network("fec0::/10"),  # site-local, deprecated
+    ipaddress.IPv6Network("3fff::/20"),  # RFC 9637: documentation; Python 3.11 does not know it
+    ipaddress.IPv6Network("5f00::/16"),  # RFC 9602: segments of a provider's own routing
     ipaddress.IPv4Network("192.0.0.0/24"),  # IETF protocol assignments
     ipaddress.IPv4Network("192.88.99.0/24"),  # 6to4 relays
     ipaddress.IPv4Network("100.64.0.0/10"),  # carrier-grade NAT; some clouds keep metadata here
