@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,10 +12,11 @@ import pytest
 from nvila.errors import InvalidRequest
 from nvila.model.time_tokens import parse_interval
 from nvila.train.data import fonts
-from nvila.train.data.catalogue import FAMILIES, IMAGES, VIDEOS, make_sample
+from nvila.train.data.catalogue import DENSE, FAMILIES, IMAGES, TASKS, VIDEOS, make_sample
 from nvila.train.data.draw import Draw, Knobs, Split
 from nvila.train.evaluation.metrics import METRICS, score
-from nvila.train.samples import Sample
+from nvila.train.samples import Sample, text_of
+from nvila.types import Role
 
 SMALL = Knobs(canvas_px=224, text_px=(10, 32), video_px=64, clip_s=(3.0, 5.0))
 
@@ -38,7 +41,7 @@ def test_the_same_name_gives_the_same_sample_and_another_split_another_one(famil
     )
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", TASKS)
 def test_every_sample_has_a_short_answer_that_its_own_metric_calls_right(family: str) -> None:
     for index in range(12):
         sample = make_sample(family, Split.TEST, 1, index, SMALL)
@@ -48,6 +51,46 @@ def test_every_sample_has_a_short_answer_that_its_own_metric_calls_right(family:
         assert score(sample, sample.answer) == pytest.approx(1.0)
         assert all(item.frames_FHWC.dtype == np.uint8 for item in sample.media)
         assert bool(sample.duration_s) == (family in VIDEOS)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_as_many_questions_as_the_knobs_allow_are_asked_about_one_picture_and_no_one_twice(family: str) -> None:
+    most = 0
+    for index in range(12):
+        one, several = (make_sample(family, Split.TRAIN, 5, index, replace(SMALL, questions=count)) for count in (1, 6))
+        asked = [text_of(message) for message in several.messages if message.role is Role.USER]
+        assert len(one.messages) == 2
+        assert several.messages[:2] == one.messages
+        assert len(asked) == len(set(asked)) <= 6
+        most = max(most, len(asked))
+    assert most > 3 or family not in DENSE
+
+
+def test_what_is_told_of_a_picture_agrees_with_the_answers_about_it() -> None:
+    for index in range(60):
+        sample = make_sample("describing", Split.TRAIN, 4, index, replace(SMALL, questions=40))
+        turns = list(zip(map(text_of, sample.messages[::2]), map(text_of, sample.messages[1::2]), strict=True))
+        told = next(answer for _, answer in turns if ": " in answer and answer[0].isdigit())
+        things = [thing.split(" ", 2) for thing in told.split(": ")[1].split(", ")]
+        assert int(told.split(":")[0]) == len(things)
+        for question, answer in turns:
+            place = next((p for hue, kind, p in things if f"the {hue} {kind}?" in question), None)
+            if place and question.startswith("Where is") and "relative" not in question:
+                assert answer == place
+            if question.startswith("How many") and " shapes " in question:
+                assert int(answer) == sum(f" {hue} shapes " in question for hue, _, _ in things)
+
+
+def test_a_story_tells_when_each_thing_was_there_as_the_question_about_it_does() -> None:
+    for index in range(30):
+        sample = make_sample("narrating", Split.TRAIN, 4, index, replace(SMALL, questions=40))
+        turns = list(zip(map(text_of, sample.messages[::2]), map(text_of, sample.messages[1::2]), strict=True))
+        story = max((answer for _, answer in turns), key=len)
+        asked = [(q, a) for q, a in turns if a.startswith("<")]
+        assert all(f"{' '.join(q.split(' is ')[0].split()[-2:])} {a}" in story for q, a in asked if " is shown" in q)
+        assert [float(start) for start in re.findall(r"<([\d.]+)> <", story)] == sorted(
+            float(start) for start in re.findall(r"<([\d.]+)> <", story)
+        )
 
 
 def test_held_out_typefaces_are_drawn_with_in_half_of_the_test_split_only() -> None:

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from nvila.cli import show
 from nvila.errors import InvalidRequest, NvilaError
-from nvila.train.data.catalogue import FAMILIES, make_sample
+from nvila.train.data.catalogue import TASKS, make_sample
 from nvila.train.data.draw import Knobs, Split
 from nvila.train.data.fonts import HELD_OUT, TRAINED
 from nvila.train.data.generate import Plan, generate, held_out_layouts
@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
         return _list(as_json=args.json)
     if args.check:
         return _check(args)
-    families = tuple(args.tasks.split(",")) if args.tasks else tuple(FAMILIES)
+    families = tuple(args.tasks.split(",")) if args.tasks else tuple(TASKS)
     counts = {Split.TRAIN: args.train, Split.VALIDATION: args.validation, Split.TEST: args.test}
     knobs = _knobs(args.set)
     plan = Plan(families=families, counts=counts, seed=args.seed, knobs=knobs, shard_samples=args.shard)
@@ -111,7 +111,7 @@ def _check(args: argparse.Namespace) -> int:
 
 def _list(*, as_json: bool) -> int:
     listed = {
-        "families": list(FAMILIES),
+        "families": list(TASKS),
         "knobs": asdict(Knobs()),
         "fonts": [face.name for face in TRAINED],
         "held_out_fonts": [face.name for face in HELD_OUT],

@@ -30,7 +30,7 @@ from nvila.model.projector import Projector
 from nvila.model.qwen2 import load_llm
 from nvila.model.siglip import Tower
 from nvila.model.time_tokens import time_tokens
-from nvila.train.attention import PACKED
+from nvila.train.attention import PACKED, TILES
 from nvila.train.loss import IGNORE, summed_loss
 from nvila.train.packing import Sample, pack
 from nvila.train.prepare import VISUAL, Prepared
@@ -110,7 +110,7 @@ class TrainableNvila(nn.Module):
         config = checkpoint.config
         if checkpoint.has_int8_tower or checkpoint.has_int4_llm:
             raise InvalidCheckpoint(f"{checkpoint.name} is quantised; train its original, and quantise that")
-        tower, projector = Tower(config.tower, config.tile_px), Projector.of(config)
+        tower, projector = Tower(config.tower, config.tile_px, TILES), Projector.of(config)
         tower.load_state_dict(_own(checkpoint.tower_weights()), strict=True)
         projector.load_state_dict(_own(checkpoint.projector_weights()), strict=True)
         llm = load_llm(checkpoint.layout, config.llm)

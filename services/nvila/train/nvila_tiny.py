@@ -30,7 +30,8 @@ from nvila.model.tiny import SPECIAL_TOKENS
 from nvila.model.tokenizer import CHAT_TEMPLATE, QWEN2_WORDS
 
 SPREAD = 0.02
-"""Standard deviation of first weights (`initializer_range` of Qwen2)."""
+"""Standard deviation of first embeddings (`initializer_range` of Qwen2). Matrices start at the inverse root of how many
+numbers they add up, which at Qwen2's width is nearly the same; a narrow model would start too quietly with 0.02."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,15 +39,15 @@ class TinyShape:
     """`tower_layers` counts the last block, which NVILA does not use (NVILA-SPEC §3.2)."""
 
     tile_px: int = 224
-    patch_px: int = 14
-    tower_width: int = 256
-    tower_mlp: int = 1024
+    patch_px: int = 16
+    tower_width: int = 192
+    tower_mlp: int = 768
     tower_layers: int = 7
-    tower_heads: int = 4
-    llm_width: int = 384
-    llm_mlp: int = 896
-    llm_layers: int = 8
-    llm_heads: int = 6
+    tower_heads: int = 3
+    llm_width: int = 256
+    llm_mlp: int = 768
+    llm_layers: int = 6
+    llm_heads: int = 4
     llm_kv_heads: int = 2
     time_tokens: int = 100
     max_positions: int = 16384
@@ -55,6 +56,7 @@ class TinyShape:
 TINY = TinyShape()
 TOY = TinyShape(
     tile_px=56,
+    patch_px=14,
     tower_width=64,
     tower_mlp=128,
     tower_layers=3,
@@ -74,7 +76,7 @@ def make_base(folder: Path, shape: TinyShape = TINY, merges: Sequence[str] = (),
     same weights. A folder that is there is kept. `merges`: of the vocabulary; default: nvila-tiny's own."""
     if (folder / "config.json").exists():
         return folder
-    with whole_folder(folder) as new:
+    with whole_folder(folder, is_kept=True) as new:
         rows = _write_tokenizer(new / Part.LLM, merges or tiny_merges(), shape)
         write_json(new / Part.LLM / "config.json", _llm(shape, rows))
         write_json(new / Part.TOWER / "config.json", _tower(shape))
@@ -255,8 +257,8 @@ def _first_weights(config: NvilaConfig, seed: int) -> dict[Part, dict[str, Tenso
         else:
             # Layers that add to the residual stream start smaller (GPT-2: by the root of how many there are).
             is_last = name.endswith(("o_proj.weight", "down_proj.weight"))
-            spread = SPREAD / (2 * config.llm.layers) ** 0.5 if is_last else SPREAD
-            llm[name] = torch.randn(size, generator=draw) * spread
+            spread = SPREAD if "embed_tokens" in name else size[-1] ** -0.5
+            llm[name] = torch.randn(size, generator=draw) * spread / ((2 * config.llm.layers) ** 0.5 if is_last else 1)
     prefixed = {TOWER_PREFIX + name: tensor for name, tensor in tower.items()}
     return {Part.LLM: llm, Part.TOWER: prefixed, Part.PROJECTOR: dict(projector.state_dict())}
 
@@ -267,7 +269,8 @@ def _whole_tower(config: NvilaConfig) -> dict[str, Tensor]:
     tower = Tower(full, config.tile_px)
     for module in tower.modules():
         if isinstance(module, nn.Linear | nn.Conv2d | nn.Embedding):
-            nn.init.trunc_normal_(module.weight, std=SPREAD)
+            summed = 0 if isinstance(module, nn.Embedding) else module.weight[0].numel()
+            nn.init.trunc_normal_(module.weight, std=summed**-0.5 if summed else SPREAD)
             bias = getattr(module, "bias", None)
             if isinstance(bias, Tensor):
                 nn.init.zeros_(bias)

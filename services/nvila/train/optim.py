@@ -42,8 +42,7 @@ def make_optimizer(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:
         raise InvalidRequest("the recipe trains no parameter")
     common: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas}
     if settings.states == "float32":
-        is_cuda = groups[0]["params"][0].is_cuda
-        return torch.optim.AdamW(groups, **common, fused=True if is_cuda else None)
+        return torch.optim.AdamW(groups, **common, fused=True)
     from torchao import optim as low_bit
 
     kinds = {"8bit": low_bit.AdamW8bit, "fp8": low_bit.AdamWFp8}

@@ -8,7 +8,7 @@ F frames · H, W rows and columns of pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -111,7 +111,10 @@ def text_of(message: Message) -> str:
     return "".join(part.text for part in message.parts if isinstance(part, TextPart)).strip()
 
 
-def ask(question: str, answer: str, media: int) -> tuple[Message, Message]:
-    """One question about `media` items, all of them before its text, and the answer."""
+def ask(question: str, answer: str, media: int, more: Sequence[tuple[str, str]] = ()) -> tuple[Message, ...]:
+    """A question about `media` items, all of them before its text, and the answer; then `more` of both."""
     parts: tuple[TextPart | MediaPart, ...] = (*map(MediaPart, range(media)), TextPart(question))
-    return Message(Role.USER, parts), Message(Role.ASSISTANT, (TextPart(answer),))
+    asked = [Message(Role.USER, parts), Message(Role.ASSISTANT, (TextPart(answer),))]
+    for further, its_answer in more:
+        asked += [Message(Role.USER, (TextPart(further),)), Message(Role.ASSISTANT, (TextPart(its_answer),))]
+    return tuple(asked)

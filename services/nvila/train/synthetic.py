@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 
 from nvila.errors import InvalidRequest
-from nvila.train.data.catalogue import FAMILIES, IMAGES, VIDEOS, make_sample
-from nvila.train.data.draw import Split
+from nvila.train.data.catalogue import DENSE, FAMILIES, IMAGES, TASKS, VIDEOS, make_sample
+from nvila.train.data.draw import Knobs, Split
 from nvila.train.samples import Sample
 
 PREFIX = "synthetic:"
+TRAINING = Knobs(questions=6)
 _PART = re.compile(r"([a-z_]+)(?:\*(\d+))?")
 
 
@@ -47,7 +48,7 @@ class SyntheticSource:
     def load(self, number: int) -> Sample:
         point = np.random.Generator(np.random.PCG64([self._seed, number])).random()
         family = self._names[min(int(np.searchsorted(self._ends, point)), len(self._names) - 1)]
-        return make_sample(family, self._split, self._seed, number)
+        return make_sample(family, self._split, self._seed, number, TRAINING)
 
     def state(self) -> dict[str, Any]:
         return {"next": self._next}
@@ -62,7 +63,7 @@ def families(text: str) -> tuple[tuple[str, float], ...]:
 
     Raises `InvalidRequest` naming the part that is unknown.
     """
-    groups = {"images": tuple(IMAGES), "videos": tuple(VIDEOS), "all": tuple(FAMILIES)}
+    groups = {"images": tuple(IMAGES), "videos": tuple(VIDEOS), "all": tuple(TASKS), "dense": tuple(DENSE)}
     weights: dict[str, float] = {}
     for part in text.split("+"):
         match = _PART.fullmatch(part)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from nvila.errors import InvalidRequest
 from nvila.train.data.draw import Draw, Knobs, Split
 from nvila.train.data.made import Made
-from nvila.train.data.tasks import charts, documents, events, motion, pairs, scene, shapes, tables
+from nvila.train.data.tasks import charts, describing, documents, events, motion, pairs, reading, scene, shapes, tables
 from nvila.train.samples import Sample, ask
 
 IMAGES: Mapping[str, Callable[[Draw], Made]] = {
@@ -25,7 +25,14 @@ VIDEOS: Mapping[str, Callable[[Draw], Made]] = {
     "brief": events.brief,
     "when": events.when,
 }
-FAMILIES = {**IMAGES, **VIDEOS}
+DENSE: Mapping[str, Callable[[Draw], Made]] = {
+    "describing": describing.make,
+    "reading": reading.make,
+    "narrating": events.narrate,
+}
+"""For pre-training: everything that is to be seen is told, so that each picture teaches as much as it can."""
+TASKS = {**IMAGES, **VIDEOS}
+FAMILIES = {**TASKS, **DENSE}
 
 
 def make_sample(family: str, split: Split, seed: int, index: int, knobs: Knobs | None = None) -> Sample:
@@ -38,7 +45,7 @@ def make_sample(family: str, split: Split, seed: int, index: int, knobs: Knobs |
         source=f"{family}-{split}",
         index=index,
         task=f"{family}.{made.task}",
-        messages=ask(made.question, made.answer, len(made.media)),
+        messages=ask(made.question, made.answer, len(made.media), made.more),
         media=made.media,
         metric=made.metric,
         answers=(made.answer, *made.answers),

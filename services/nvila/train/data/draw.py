@@ -50,6 +50,8 @@ class Knobs:
     """Shortest and longest clip."""
     brief_s: tuple[float, float] = (0.4, 1.0)
     """How long text is shown that is there for part of a clip: shorter is harder with few frames."""
+    questions: int = 1
+    """Most that are asked about one picture or clip. Training asks several: seeing costs most, and is paid once."""
 
 
 @dataclass(frozen=True)

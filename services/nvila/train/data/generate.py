@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from nvila.errors import InvalidRequest, NvilaError
-from nvila.train.data.catalogue import FAMILIES, make_sample
+from nvila.train.data.catalogue import FAMILIES, TASKS, make_sample
 from nvila.train.data.draw import Knobs, Split
 from nvila.train.data.fonts import HELD_OUT, TRAINED
 from nvila.train.data.shards import write_shard
@@ -34,7 +34,7 @@ _SAY_EVERY = 20
 class Plan:
     """A data set to be rendered. `counts`: samples of each family, by split."""
 
-    families: tuple[str, ...] = tuple(FAMILIES)
+    families: tuple[str, ...] = tuple(TASKS)
     counts: Mapping[Split, int]
     seed: int = 0
     knobs: Knobs = field(default_factory=Knobs)

@@ -10,14 +10,18 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from nvila.train.data.draw import pixels
+from nvila.train.data.draw import Draw, pixels
 from nvila.train.samples import SampleMedia
 from nvila.types import MediaKind
+
+Turn = tuple[str, str]
+"""A question and its answer."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Made:
-    """`task`: after the family's dot. `answers`: besides `answer`, what counts as right too."""
+    """`task`: after the family's dot. `answers`: besides `answer`, what counts as right too. `more`: further questions
+    about the same media with their answers, as many as the knobs allow."""
 
     task: str
     question: str
@@ -27,6 +31,18 @@ class Made:
     answers: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
+    more: tuple[Turn, ...] = ()
+
+
+def further(draw: Draw, turns: Sequence[Turn]) -> tuple[Turn, ...]:
+    """What is asked besides the first question: some of these, in random order."""
+    return tuple(draw.some_of(turns, min(len(turns), draw.knobs.questions - 1)))
+
+
+def told_too(draw: Draw, turns: Sequence[Turn], asked: str) -> tuple[Turn, ...]:
+    """`further` without the question that was asked; the first, which tells everything, is always among them."""
+    others = further(draw, [turn for turn in turns[1:] if turn[0] != asked])
+    return others if asked == turns[0][0] or not others else (*others[:-1], turns[0])
 
 
 def images(*pictures: Image.Image) -> tuple[SampleMedia, ...]:

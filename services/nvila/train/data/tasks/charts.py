@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw
 from nvila.train.data import words
 from nvila.train.data.draw import COLOURS, Colour, Draw, tint, write
 from nvila.train.data.fonts import Face
-from nvila.train.data.made import Made, images
+from nvila.train.data.made import Made, Turn, further, images
 
 CHARTS = ("bars", "rows", "line")
 HELD_OUT_CHARTS = ("stems",)
@@ -23,13 +23,23 @@ def make(draw: Draw) -> Made:
 def value(draw: Draw) -> Made:
     names, values = _series(draw)
     asked = draw.whole(0, len(names) - 1)
-    question = draw.one_of(
-        ("What is the value of {}?", "How much is {}?", "What value does {} have?", "Read the value of {}.")
-    ).format(names[asked])
+    question = draw.one_of(VALUE_QUESTIONS).format(names[asked])
     picture, style = _chart(draw, names, values)
     return Made(
-        task="value", question=question, answer=str(values[asked]), media=images(picture), notes={"layout": style}
+        task="value",
+        question=question,
+        answer=str(values[asked]),
+        media=images(picture),
+        notes={"layout": style},
+        more=further(draw, _values(draw, names, values)),
     )
+
+
+VALUE_QUESTIONS = ("What is the value of {}?", "How much is {}?", "What value does {} have?", "Read the value of {}.")
+
+
+def _values(draw: Draw, names: list[str], values: list[int]) -> list[Turn]:
+    return [(draw.one_of(VALUE_QUESTIONS).format(name), str(value)) for name, value in zip(names, values, strict=True)]
 
 
 def extreme(draw: Draw) -> Made:
@@ -47,6 +57,7 @@ def extreme(draw: Draw) -> Made:
         media=images(picture),
         metric="anls",
         notes={"layout": style},
+        more=further(draw, _values(draw, names, values)),
     )
 
 

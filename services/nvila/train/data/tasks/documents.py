@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from nvila.train.data import words
 from nvila.train.data.draw import Colour, Draw, tint, write
-from nvila.train.data.made import Made, images
+from nvila.train.data.made import Made, further, images
 
 RECEIPTS = ("ruled", "dotted", "centered")
 HELD_OUT_RECEIPTS = ("boxed",)
@@ -40,26 +40,15 @@ def receipt(draw: Draw) -> Made:
     entries = [_Entry(item, draw.whole(1, 4), words.cents(draw)) for item in items]
     shop, day, number = draw.one_of(words.COMPANIES), words.date(draw), words.number(draw, 4)
     total = words.amount(sum(entry.total_cents for entry in entries))
-    entry = draw.one_of(entries)
-    asked, answer, phrasings = draw.one_of(
-        (
-            ("total", total, ("What is the total?", "How much is the total?", "What is the total amount?")),
-            (
-                "price",
-                words.amount(entry.total_cents),
-                (f"How much do the {entry.item} cost?", f"What is the price of {entry.item}?"),
-            ),
-            (
-                "pieces",
-                str(entry.pieces),
-                (f"How many {entry.item} were bought?", f"What is the quantity of {entry.item}?"),
-            ),
-            ("date", day, ("What is the date?", "On which date was this bought?", "Read the date.")),
-            ("shop", shop, ("What is the name of the shop?", "Which shop is this from?")),
-            ("number", number, ("What is the receipt number?", "Read the receipt number.")),
-        )
+    whole = (
+        ("total", total, ("What is the total?", "How much is the total?", "What is the total amount?")),
+        ("date", day, ("What is the date?", "On which date was this bought?", "Read the date.")),
+        ("shop", shop, ("What is the name of the shop?", "Which shop is this from?")),
+        ("number", number, ("What is the receipt number?", "Read the receipt number.")),
     )
+    asked, answer, phrasings = draw.one_of((*whole, *_asked_of(draw.one_of(entries))))
     picture = _receipt(draw, entries, shop, day, number, total)
+    others = [one for one in (*whole, *(one for entry in entries for one in _asked_of(entry))) if one[2] != phrasings]
     return Made(
         task="receipt",
         question=draw.one_of(phrasings),
@@ -67,6 +56,15 @@ def receipt(draw: Draw) -> Made:
         media=images(picture),
         metric="anls",
         notes={"asked": asked},
+        more=further(draw, [(draw.one_of(ways), value) for _, value, ways in others]),
+    )
+
+
+def _asked_of(entry: _Entry) -> tuple[tuple[str, str, tuple[str, ...]], ...]:
+    price, item = words.amount(entry.total_cents), entry.item
+    return (
+        ("price", price, (f"How much do the {item} cost?", f"What is the price of {item}?")),
+        ("pieces", str(entry.pieces), (f"How many {item} were bought?", f"What is the quantity of {item}?")),
     )
 
 
@@ -129,22 +127,15 @@ def form(draw: Draw) -> Made:
     }
     shown = draw.some_of(tuple(fields), draw.whole(3, 6))
     asked = draw.one_of(shown)
-    question = draw.one_of(
-        (
-            "What is the {}?",
-            "Which {} is given?",
-            "Read the {}.",
-            "What does the field {} say?",
-            "Find the {}.",
-        )
-    ).format(asked.lower())
+    ways = ("What is the {}?", "Which {} is given?", "Read the {}.", "What does the field {} say?", "Find the {}.")
     return Made(
         task="form",
-        question=question,
+        question=draw.one_of(ways).format(asked.lower()),
         answer=fields[asked],
         media=images(_form(draw, {name: fields[name] for name in shown})),
         metric="anls",
         notes={"asked": asked},
+        more=further(draw, [(draw.one_of(ways).format(name.lower()), fields[name]) for name in shown if name != asked]),
     )
 
 
@@ -202,22 +193,27 @@ def line(draw: Draw) -> Made:
     for row, text in enumerate(lines):
         shown = f"{row + 1}. {text}" if is_numbered else text
         write(pen, (margin, margin + row * step), shown, font, ink)
-    ordinal = ("first", "second", "third", "fourth", "fifth", "sixth")[asked]
-    question = draw.one_of(
-        (
-            f"What does line {asked + 1} say?",
-            f"Read line {asked + 1}.",
-            f"What is written in the {ordinal} line?",
-            f"Read the {ordinal} line.",
-        )
-    )
     return Made(
         task="line",
-        question=question,
+        question=ask_for_line(draw, asked),
         answer=lines[asked],
         media=images(picture),
         metric="anls",
         notes={"lines": count},
+        more=further(draw, [(ask_for_line(draw, row), text) for row, text in enumerate(lines) if row != asked]),
+    )
+
+
+def ask_for_line(draw: Draw, row: int) -> str:
+    """`row` counts from 0."""
+    ordinal = ("first", "second", "third", "fourth", "fifth", "sixth")[row]
+    return draw.one_of(
+        (
+            f"What does line {row + 1} say?",
+            f"Read line {row + 1}.",
+            f"What is written in the {ordinal} line?",
+            f"Read the {ordinal} line.",
+        )
     )
 
 

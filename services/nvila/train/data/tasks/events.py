@@ -7,16 +7,34 @@ localisation, its answers `<start> <end>` in seconds (NVILA-SPEC §6.8).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
 
 from nvila.train.data import words
 from nvila.train.data.clips import film, length
 from nvila.train.data.draw import COLOURS, SHAPES, Draw, background, ink_on, paste, stamp, text_size, tint, write
-from nvila.train.data.made import Made, clip
+from nvila.train.data.made import Made, Turn, clip, told_too
 
-ORDINALS = ("first", "second", "third")
+ORDINALS = ("first", "second", "third", "fourth")
+PLACE_QUESTIONS = ("Which {noun} appears {place}?", "What {noun} is shown {place}?", "Which {noun} comes {place}?")
+EARLIER_QUESTIONS = (
+    "Which appears first, {} or {}?",
+    "Which comes first: {} or {}?",
+    "Which is shown earlier, {} or {}?",
+)
+FLASHES_QUESTIONS = (
+    "How many times does the {} appear?",
+    "How often is the {} shown?",
+    "Count how often the {} appears.",
+)
+WHEN_QUESTIONS = (
+    "When is the {} visible?",
+    "When does the {} appear? Give start and end.",
+    "From when to when is the {} shown?",
+    "During which time do you see the {}?",
+)
+STORY_QUESTIONS = ("What happens in the video?", "Describe the video.", "What is shown, and when?")
 COLOUR_NAMES = tuple(COLOURS)
 
 
@@ -48,14 +66,10 @@ def order(draw: Draw) -> Made:
     if draw.chance(0.6):
         asked = draw.whole(0, count - 1)
         place = "last" if asked == count - 1 and draw.chance(0.5) else ORDINALS[asked]
-        question = draw.one_of(
-            ("Which {noun} appears {place}?", "What {noun} is shown {place}?", "Which {noun} comes {place}?")
-        ).format(noun=noun, place=place)
+        question = draw.one_of(PLACE_QUESTIONS).format(noun=noun, place=place)
         return _made(draw, "place", question, names[asked], frames, shows, hues)
     one, other = draw.some_of(range(count), 2)
-    question = draw.one_of(
-        ("Which appears first, {} or {}?", "Which comes first: {} or {}?", "Which is shown earlier, {} or {}?")
-    ).format(names[one], names[other])
+    question = draw.one_of(EARLIER_QUESTIONS).format(names[one], names[other])
     return _made(draw, "earlier", question, names[min(one, other)], frames, shows, hues)
 
 
@@ -71,9 +85,7 @@ def counting(draw: Draw) -> Made:
         hue, kind = draw.one_of(COLOUR_NAMES), draw.one_of(SHAPES)
         picture, at = _stamp(draw, hue, kind), _spot(draw)
         shows = [_Show(picture, at, first, end) for first, end in _turns(draw, frames, number, is_apart=True)]
-        question = draw.one_of(
-            ("How many times does the {} appear?", "How often is the {} shown?", "Count how often the {} appears.")
-        ).format(f"{hue} {kind}")
+        question = draw.one_of(FLASHES_QUESTIONS).format(f"{hue} {kind}")
         return _made(draw, "flashes", question, str(number), frames, shows, [hue])
     kind = draw.one_of(SHAPES)
     hues = draw.some_of(COLOUR_NAMES, number)
@@ -128,16 +140,45 @@ def when(draw: Draw) -> Made:
         start = draw.whole(0, frames - other)
         at = (side * right, side * draw.real(0.3, 0.7))
         shows.append(_Show(_stamp(draw, hues[1], kinds[1]), at, start, start + other))
-    question = draw.one_of(
-        (
-            "When is the {} visible?",
-            "When does the {} appear? Give start and end.",
-            "From when to when is the {} shown?",
-            "During which time do you see the {}?",
-        )
-    ).format(f"{hues[0]} {kinds[0]}")
-    answer = f"<{first / fps:.2f}> <{(first + shown) / fps:.2f}>"
+    question = draw.one_of(WHEN_QUESTIONS).format(f"{hues[0]} {kinds[0]}")
+    answer = _times(first, first + shown, fps)
     return _made(draw, "shown", question, answer, frames, shows, hues, metric="interval")
+
+
+def _times(first: int, end: int, fps: int) -> str:
+    return f"<{first / fps:.2f}> <{end / fps:.2f}>"
+
+
+# -- everything at once -----------------------------------------------------------------------------------------------
+
+
+def narrate(draw: Draw) -> Made:
+    """Shapes one after the other, some of them again: all of it with times, and every question of the above."""
+    frames, fps = length(draw), draw.knobs.video_fps
+    count = draw.whole(1, min(4, frames // 6))
+    known = list(zip(draw.some_of(COLOUR_NAMES, count), draw.some_of(SHAPES, count), strict=True))
+    things = known if draw.chance(0.6) else [draw.one_of(known[: max(1, count - 1)]) for _ in range(count)]
+    turns = _turns(draw, frames, count, is_apart=True)
+    shows = [_Show(_stamp(draw, *thing), _spot(draw), a, b) for thing, (a, b) in zip(things, turns, strict=True)]
+    told = ", ".join(f"{hue} {kind} {_times(a, b, fps)}" for (hue, kind), (a, b) in zip(things, turns, strict=True))
+    asked: list[Turn] = [(draw.one_of(STORY_QUESTIONS), told)]
+    for thing in dict.fromkeys(things):
+        often, name = things.count(thing), " ".join(thing)
+        asked.append((draw.one_of(FLASHES_QUESTIONS).format(name), str(often)))
+        if often == 1:
+            first, end = turns[things.index(thing)]
+            asked.append((draw.one_of(WHEN_QUESTIONS).format(name), _times(first, end, fps)))
+    for noun, names in (("color", [hue for hue, _ in things]), ("shape", [kind for _, kind in things])):
+        for place, name in enumerate(names):
+            spoken = "last" if place == count - 1 and draw.chance(0.5) else ORDINALS[place]
+            asked.append((draw.one_of(PLACE_QUESTIONS).format(noun=noun, place=spoken), name))
+        if len(set(names)) == count > 1:
+            one, other = draw.some_of(range(count), 2)
+            earlier = draw.one_of(EARLIER_QUESTIONS).format(names[one], names[other])
+            asked.append((earlier, names[min(one, other)]))
+    question, answer = asked[0] if draw.chance(0.3) else draw.one_of(asked)
+    made = _made(draw, "story", question, answer, frames, shows, [hue for hue, _ in things])
+    return replace(made, more=told_too(draw, asked, question))
 
 
 # -- common -----------------------------------------------------------------------------------------------------------

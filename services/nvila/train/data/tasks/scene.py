@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 
 from nvila.train.data import words
 from nvila.train.data.draw import COLOURS, Colour, Draw, background, ink_on, paste, text_size, tint, write
-from nvila.train.data.made import Made, images
+from nvila.train.data.made import Made, further, images
 
 SIGNS = ("board", "plate", "label")
 HELD_OUT_SIGNS = ("banner",)
@@ -53,21 +53,23 @@ def colored(draw: Draw) -> Made:
     texts = [_text(draw) for _ in hues]
     size_px = min(_size(draw), draw.knobs.canvas_px // 16)
     made = [_sign(draw, text, size_px, hue) for (text, _), hue in zip(texts, hues, strict=True)]
-    question = draw.one_of(
-        (
-            "What does the {} sign say?",
-            "Read the {} sign.",
-            "What is written on the {} sign?",
-            "Which text is on the {} sign?",
-        )
+    ways = (
+        "What does the {} sign say?",
+        "Read the {} sign.",
+        "What is written on the {} sign?",
+        "Which text is on the {} sign?",
     )
     return Made(
         task="colored",
-        question=question.format(hues[0]),
+        question=draw.one_of(ways).format(hues[0]),
         answer=texts[0][0],
         media=images(_scene(draw, [picture for picture, _ in made])),
         metric="anls",
         notes={"text_px": made[0][1], "kind": texts[0][1]},
+        more=further(
+            draw,
+            [(draw.one_of(ways).format(hue), text) for hue, (text, _) in zip(hues[1:], texts[1:], strict=True)],
+        ),
     )
 
 

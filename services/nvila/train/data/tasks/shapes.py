@@ -15,6 +15,39 @@ Thing = tuple[str, str]
 PLACES = ("top left", "top right", "bottom left", "bottom right", "center")
 SIDES = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": (0, 1)}
 
+COLOR_QUESTIONS = (
+    "What color is the {}?",
+    "Which color does the {} have?",
+    "What is the color of the {}?",
+    "Name the color of the {}.",
+    "The {} is which color?",
+)
+SHAPE_QUESTIONS = (
+    "What shape is {}?",
+    "Which shape is {}?",
+    "What is the {} shape?",
+    "Name the {} shape.",
+    "What shape is the {} object?",
+)
+COUNT_QUESTIONS = (
+    "How many {} are there?",
+    "How many {} do you see?",
+    "Count the {}.",
+    "What is the number of {}?",
+    "How many {} are in the picture?",
+)
+POSITION_QUESTIONS = (
+    "Where is the {}?",
+    "In which part of the picture is the {}?",
+    "What is the position of the {}?",
+    "Where do you see the {}?",
+)
+RELATION_QUESTIONS = (
+    "Where is the {} relative to the {}: left of, right of, above or below?",
+    "Is the {} left of, right of, above or below the {}?",
+)
+VERIFY_QUESTIONS = ("Is the {} {} the {}?", "Do you see the {} {} the {}?")
+
 
 def make(draw: Draw) -> Made:
     return draw.one_of((colour, shape, count, position, relation, choice))(draw)
@@ -25,15 +58,7 @@ def colour(draw: Draw) -> Made:
     asked = draw.one_of(tuple(COLOURS))
     kinds = draw.some_of(SHAPES, draw.whole(1, min(4, draw.knobs.objects)))
     things = [(asked, kinds[0]), *((draw.one_of(tuple(COLOURS)), kind) for kind in kinds[1:])]
-    question = draw.one_of(
-        (
-            "What color is the {}?",
-            "Which color does the {} have?",
-            "What is the color of the {}?",
-            "Name the color of the {}.",
-            "The {} is which color?",
-        )
-    )
+    question = draw.one_of(COLOR_QUESTIONS)
     return Made(task="color", question=question.format(kinds[0]), answer=asked, media=images(scatter(draw, things)))
 
 
@@ -42,15 +67,7 @@ def shape(draw: Draw) -> Made:
     asked = draw.one_of(SHAPES)
     colours = draw.some_of(tuple(COLOURS), draw.whole(1, min(4, draw.knobs.objects)))
     things = [(colours[0], asked), *((other, draw.one_of(SHAPES)) for other in colours[1:])]
-    question = draw.one_of(
-        (
-            "What shape is {}?",
-            "Which shape is {}?",
-            "What is the {} shape?",
-            "Name the {} shape.",
-            "What shape is the {} object?",
-        )
-    )
+    question = draw.one_of(SHAPE_QUESTIONS)
     return Made(task="shape", question=question.format(colours[0]), answer=asked, media=images(scatter(draw, things)))
 
 
@@ -66,20 +83,10 @@ def count(draw: Draw) -> Made:
         hue = wanted[0] if way != "shape" else draw.one_of(tuple(COLOURS))
         things.append((hue, kind))
     things += [draw.one_of(others) for _ in range(draw.whole(0, 3))]
-    named = {"shape": f"{wanted[1]}s", "color": f"{wanted[0]} shapes", "both": f"{wanted[0]} {wanted[1]}s"}[way]
-    named = named.replace("crosss", "crosses")
-    question = draw.one_of(
-        (
-            "How many {} are there?",
-            "How many {} do you see?",
-            "Count the {}.",
-            "What is the number of {}?",
-            "How many {} are in the picture?",
-        )
-    )
+    question = draw.one_of(COUNT_QUESTIONS)
     return Made(
         task="count",
-        question=question.format(named),
+        question=question.format(many(wanted, way)),
         answer=str(number),
         media=images(scatter(draw, things)),
         notes={"objects": len(things)},
@@ -98,14 +105,7 @@ def position(draw: Draw) -> Made:
     for hue, kind, spot in zip(hues, kinds, spots, strict=True):
         x, y = (side * (at + draw.real(-0.06, 0.06)) for at in centres[spot])
         paste(picture, _stamp(draw, (hue, kind), side * draw.real(0.16, 0.24)), (x, y))
-    question = draw.one_of(
-        (
-            "Where is the {}?",
-            "In which part of the picture is the {}?",
-            "What is the position of the {}?",
-            "Where do you see the {}?",
-        )
-    )
+    question = draw.one_of(POSITION_QUESTIONS)
     return Made(task="position", question=question.format(f"{hues[0]} {kinds[0]}"), answer=asked, media=images(picture))
 
 
@@ -125,16 +125,11 @@ def relation(draw: Draw) -> Made:
     paste(picture, _stamp(draw, (other_hue, other_kind), size), (x - dx / 2, y - dy / 2))
     one, other = f"{hue} {kind}", f"{other_hue} {other_kind}"
     if draw.chance(0.5):
-        question = draw.one_of(
-            (
-                "Where is the {} relative to the {}: left of, right of, above or below?",
-                "Is the {} left of, right of, above or below the {}?",
-            )
-        )
+        question = draw.one_of(RELATION_QUESTIONS)
         return Made(task="relation", question=question.format(one, other), answer=asked, media=images(picture))
     is_so = draw.chance(0.5)
     opposite = next(name for name, step in SIDES.items() if step == (-right, -down))
-    question = draw.one_of(("Is the {} {} the {}?", "Do you see the {} {} the {}?"))
+    question = draw.one_of(VERIFY_QUESTIONS)
     claimed = asked if is_so else opposite
     return Made(
         task="verify",
@@ -164,13 +159,24 @@ def choice(draw: Draw) -> Made:
 
 def scatter(draw: Draw, things: list[Thing], side: int = 0) -> Image.Image:
     """Things of different sizes on one ground, none over another."""
-    side = side or draw.knobs.canvas_px // 2
+    return arrange(draw, things, side or draw.knobs.canvas_px // 2)[0]
+
+
+def arrange(draw: Draw, things: list[Thing], side: int) -> tuple[Image.Image, list[tuple[float, float]]]:
+    """`scatter`, and where the centre of each thing is, in shares of the side."""
     picture = background(draw, side, side, avoid=[COLOURS[hue] for hue, _ in things])
     largest = {1: 0.5, 2: 0.34, 3: 0.3, 4: 0.27}.get(len(things), 0.22)
     sizes = [side * draw.real(0.15, largest) for _ in things]
-    for thing, size, centre in zip(things, sizes, places(draw, side, side, sizes), strict=True):
+    centres = places(draw, side, side, sizes)
+    for thing, size, centre in zip(things, sizes, centres, strict=True):
         paste(picture, _stamp(draw, thing, size), centre)
-    return picture
+    return picture, [(x / side, y / side) for x, y in centres]
+
+
+def many(thing: Thing, way: str) -> str:
+    """Things like this one by `shape`, `color` or `both`, in the plural."""
+    named = {"shape": f"{thing[1]}s", "color": f"{thing[0]} shapes", "both": f"{thing[0]} {thing[1]}s"}[way]
+    return named.replace("crosss", "crosses")
 
 
 def _stamp(draw: Draw, thing: Thing, size: float) -> Image.Image:

@@ -6,7 +6,7 @@ from PIL import Image, ImageDraw
 
 from nvila.train.data import words
 from nvila.train.data.draw import Colour, Draw, tint, write
-from nvila.train.data.made import Made, images
+from nvila.train.data.made import Made, Turn, further, images
 
 STYLES = ("grid", "rules", "plain")
 HELD_OUT_STYLES = ("banded",)
@@ -20,21 +20,32 @@ def make(draw: Draw) -> Made:
 def cell(draw: Draw) -> Made:
     rows, columns, values = _contents(draw)
     row, column = draw.whole(0, len(rows) - 1), draw.whole(0, len(columns) - 1)
-    question = draw.one_of(
-        (
-            "What is the {column} of {row}?",
-            "What is the value of {column} for {row}?",
-            "Which {column} does {row} have?",
-            "In the row {row}, what is the {column}?",
-        )
-    ).format(row=rows[row], column=columns[column].lower())
     return Made(
         task="cell",
-        question=question,
+        question=_ask_for_cell(draw, rows[row], columns[column]),
         answer=str(values[row][column]),
         media=images(_table(draw, rows, columns, values)),
         notes={"cells": len(rows) * len(columns)},
+        more=further(draw, _cells(draw, rows, columns, values)),
     )
+
+
+def _cells(draw: Draw, rows: list[str], columns: list[str], values: list[list[int]]) -> list[Turn]:
+    return [
+        (_ask_for_cell(draw, row, column), str(value))
+        for row, line in zip(rows, values, strict=True)
+        for column, value in zip(columns, line, strict=True)
+    ]
+
+
+def _ask_for_cell(draw: Draw, row: str, column: str) -> str:
+    ways = (
+        "What is the {column} of {row}?",
+        "What is the value of {column} for {row}?",
+        "Which {column} does {row} have?",
+        "In the row {row}, what is the {column}?",
+    )
+    return draw.one_of(ways).format(row=row, column=column.lower())
 
 
 def extreme(draw: Draw) -> Made:
@@ -51,6 +62,7 @@ def extreme(draw: Draw) -> Made:
         media=images(_table(draw, rows, columns, values)),
         metric="anls",
         notes={"cells": len(rows) * len(columns)},
+        more=further(draw, _cells(draw, rows, columns, values)),
     )
 
 

@@ -1,0 +1,116 @@
+"""Shapes on a ground, told in full: every thing with its place, and then the questions of `shapes` about the same."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from nvila.train.data.draw import COLOURS, SHAPES, Draw
+from nvila.train.data.made import Made, Turn, images, told_too
+from nvila.train.data.tasks.shapes import (
+    COLOR_QUESTIONS,
+    COUNT_QUESTIONS,
+    PLACES,
+    POSITION_QUESTIONS,
+    RELATION_QUESTIONS,
+    SHAPE_QUESTIONS,
+    SIDES,
+    VERIFY_QUESTIONS,
+    Thing,
+    arrange,
+    many,
+)
+
+DESCRIBE = ("Describe the picture.", "What is in the picture?", "List everything you see.")
+ROWS, COLUMNS = ("top", "", "bottom"), ("left", "", "right")
+
+At = tuple[float, float]
+"""The centre of a thing, in shares of the picture's side."""
+
+
+def make(draw: Draw) -> Made:
+    count = draw.whole(1, draw.knobs.objects)
+    hues, kinds = draw.some_of(tuple(COLOURS), draw.whole(1, 4)), draw.some_of(SHAPES, draw.whole(1, 4))
+    things: list[Thing] = [(draw.one_of(hues), draw.one_of(kinds)) for _ in range(count)]
+    picture, centres = arrange(draw, things, draw.knobs.canvas_px // 2)
+    order = sorted(range(count), key=lambda i: (_third(centres[i][1]), centres[i][0]))
+    things, centres = [things[i] for i in order], [centres[i] for i in order]
+    told = ", ".join(f"{hue} {kind} {_place(at)}" for (hue, kind), at in zip(things, centres, strict=True))
+    asked: list[Turn] = [(draw.one_of(DESCRIBE), f"{count}: {told}"), *_traits(draw, things)]
+    asked += [*_counts(draw, things), *_places(draw, things, centres), *_relations(draw, things, centres)]
+    question, answer = asked[0] if draw.chance(0.3) else draw.one_of(asked)
+    return Made(
+        task="scene",
+        question=question,
+        answer=answer,
+        media=images(picture),
+        more=told_too(draw, asked, question),
+    )
+
+
+def _third(share: float) -> int:
+    return min(2, int(share * 3))
+
+
+def _place(at: At) -> str:
+    return f"{ROWS[_third(at[1])]} {COLUMNS[_third(at[0])]}".strip() or "center"
+
+
+def _traits(draw: Draw, things: list[Thing]) -> list[Turn]:
+    """Colour by shape and shape by colour where only one thing fits, openly and among options."""
+    turns: list[Turn] = []
+    for names, other, ways, options in (
+        ([kind for _, kind in things], [hue for hue, _ in things], COLOR_QUESTIONS, tuple(COLOURS)),
+        ([hue for hue, _ in things], [kind for _, kind in things], SHAPE_QUESTIONS, SHAPES),
+    ):
+        for name, trait in zip(names, other, strict=True):
+            if names.count(name) > 1:
+                continue
+            turns.append((draw.one_of(ways).format(name), trait))
+            wrong = draw.some_of([option for option in options if option != trait], 3)
+            right = draw.whole(0, 3)
+            listed = [*wrong[:right], trait, *wrong[right:]]
+            lines = "\n".join(f"{letter}. {option}" for letter, option in zip("ABCD", listed, strict=True))
+            turns.append((f"{ways[0].format(name)}\n{lines}\nAnswer with the letter.", "ABCD"[right]))
+    return turns
+
+
+def _counts(draw: Draw, things: list[Thing]) -> list[Turn]:
+    turns: list[Turn] = []
+    for way, counted in (
+        ("shape", Counter(kind for _, kind in things)),
+        ("color", Counter(hue for hue, _ in things)),
+        ("both", Counter(" ".join(thing) for thing in things)),
+    ):
+        for name, number in counted.items():
+            thing = (name, name) if way != "both" else tuple(name.split())
+            turns.append((draw.one_of(COUNT_QUESTIONS).format(many((thing[0], thing[1]), way)), str(number)))
+    return turns
+
+
+def _places(draw: Draw, things: list[Thing], centres: list[At]) -> list[Turn]:
+    return [
+        (draw.one_of(POSITION_QUESTIONS).format(" ".join(thing)), _place(at))
+        for thing, at in zip(things, centres, strict=True)
+        if things.count(thing) == 1 and _place(at) in PLACES
+    ]
+
+
+def _relations(draw: Draw, things: list[Thing], centres: list[At]) -> list[Turn]:
+    """Of pairs that stand clearly beside, or clearly above each other."""
+    turns: list[Turn] = []
+    for one, at in zip(things, centres, strict=True):
+        for other, its_at in zip(things, centres, strict=True):
+            dx, dy = at[0] - its_at[0], at[1] - its_at[1]
+            if max(things.count(one), things.count(other)) > 1:
+                continue
+            if max(abs(dx), abs(dy)) < 0.25 or min(abs(dx), abs(dy)) > 0.12:
+                continue
+            step = (round(dx / abs(dx)), 0) if abs(dx) > abs(dy) else (0, round(dy / abs(dy)))
+            side = next(name for name, way in SIDES.items() if way == step)
+            opposite = next(name for name, way in SIDES.items() if way == (-step[0], -step[1]))
+            names = " ".join(one), " ".join(other)
+            turns.append((draw.one_of(RELATION_QUESTIONS).format(*names), side))
+            claimed = draw.one_of((side, opposite))
+            claim = draw.one_of(VERIFY_QUESTIONS).format(names[0], claimed, names[1])
+            turns.append((claim, "yes" if claimed == side else "no"))
+    return turns

@@ -1,0 +1,66 @@
+"""Text of all kinds on a plain ground, read in full: what a tower learns letters from, many at a time."""
+
+from __future__ import annotations
+
+import math
+
+from PIL import Image, ImageDraw
+
+from nvila.train.data import words
+from nvila.train.data.draw import COLOURS, Colour, Draw, background, ink_on, text_size, tint, write
+from nvila.train.data.made import Made, further, images
+from nvila.train.data.tasks.documents import ask_for_line
+
+ALL = ("Read all the text.", "What is written here?", "Read everything.")
+
+
+def make(draw: Draw) -> Made:
+    """A line or several in one typeface, from barely to easily read."""
+    side = draw.one_of((draw.knobs.canvas_px // 2, draw.knobs.canvas_px))
+    low, high = draw.knobs.text_px
+    size_px = round(low * 2 ** (draw.random.random() * math.log2(high / low)))
+    face, bold = draw.face(), draw.chance(0.4)
+    lines = [_line(draw) for _ in range(draw.whole(1, max(1, min(5, side // (2 * size_px)))))]
+    while max(text_size(line, face.font(size_px, bold=bold))[0] for line in lines) > side * 0.94:
+        size_px -= 1
+    font, step = face.font(size_px, bold=bold), round(size_px * draw.real(1.3, 2.0))
+    height = min(side, max(side // 2, step * len(lines) + size_px))
+    picture, ink = _ground(draw, side, height)
+    pen = ImageDraw.Draw(picture)
+    top = draw.real(0, max(0, height - step * len(lines)))
+    indent = draw.chance(0.5)
+    for row, line in enumerate(lines):
+        room = max(0, side - text_size(line, font)[0] - 4)
+        left = 2 + (draw.real(0, room) if indent or len(lines) == 1 else room * 0.1)
+        write(pen, (left, top + row * step), line, font, ink)
+    asked = [(ask_for_line(draw, row), line) for row, line in enumerate(lines) if len(lines) > 1]
+    return Made(
+        task="text",
+        question=draw.one_of(ALL),
+        answer="\n".join(lines),
+        media=images(picture),
+        metric="anls",
+        notes={"text_px": size_px * draw.knobs.canvas_px // side},
+        more=further(draw, asked),
+    )
+
+
+def _ground(draw: Draw, width: int, height: int) -> tuple[Image.Image, Colour]:
+    if draw.chance(0.5):
+        ground: Colour = tint(draw, COLOURS[draw.one_of(tuple(COLOURS))])
+        return Image.new("RGB", (width, height), ground), ink_on(ground)
+    level = draw.whole(10, 70)
+    return background(draw, width, height, avoid=[(level, level, level)]), (level, level, level)
+
+
+def _line(draw: Draw) -> str:
+    return " ".join(_piece(draw) for _ in range(draw.one_of((1, 1, 1, 2, 2, 3))))
+
+
+def _piece(draw: Draw) -> str:
+    kind = draw.whole(0, 9)
+    if kind < 4:
+        text = draw.one_of((words.NOUNS, words.NOUNS, words.ITEMS, words.PEOPLE, words.CITIES, words.COMPANIES))
+        return draw.one_of((str.lower, str.upper, str.capitalize))(draw.one_of(text))
+    makers = (words.code, words.code, words.number, words.number, words.date)
+    return words.amount(words.cents(draw)) if kind == 9 else makers[kind - 4](draw)
