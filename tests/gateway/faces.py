@@ -20,11 +20,13 @@ from nvila.gateway.auth import ApiKeys
 from nvila.gateway.files import FileStore
 from nvila.gateway.front import Front
 from nvila.gateway.http_services import HttpSettings, Services
+from nvila.gateway.playing import Player
 from nvila.gateway.recordings import Recordings
 from nvila.gateway.request import RequestLimits
 from nvila.gateway.scratch import Scratch
 from nvila.gateway.uploads import UploadLimits, Uploads
 from nvila.model.estimate import RequestCost, request_cost
+from nvila.recordings.cold import ColdStore
 from nvila.recordings.database import Database
 from nvila.recordings.inbox import Inbox
 from nvila.recordings.jobs import JobStore
@@ -187,6 +189,7 @@ async def serving(
     admission: Admission | None = None,
     limits: RequestLimits = LIMITS,
     is_recording: bool = True,
+    cold: ColdStore | None = None,
     **http_settings: Any,
 ) -> AsyncIterator[Gateway]:
     pipeline = pipeline or ScriptedPipeline()
@@ -205,7 +208,7 @@ async def serving(
         jobs=JobStore(database),
         files=files,
         inbox=Inbox(folder / "recordings", most_bytes=1 << 20),
-        segments=folder / "recordings",
+        player=Player(cold or ColdStore(str(folder / "recordings")), folder / "playing"),
         quota=Quota(recordings=8, live=4, queued_jobs=8),
         seal=SEAL,
     )

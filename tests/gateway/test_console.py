@@ -21,12 +21,14 @@ import pytest
 from PIL import Image
 
 from nvila.errors import LimitExceeded
+from nvila.recordings.cold import ColdStore
 from nvila.recordings.jobs import JobStore
 from nvila.recordings.types import Counters, Group, JobKind, RecordedChunk, RecordingState
 from nvila.types import Answered, Gap, Level, RecordingCoverage, TokensRef, WindowMode, WindowPlan
 from tests.clips import BIKES, BUNNY, CARPHONE
 from tests.gateway.browser import Browser, Page, chromium
 from tests.gateway.faces import ANSWERED, BEARER, COVERAGE, KEY, PAUSE, Gateway, ScriptedPipeline, serving
+from tests.gateway.test_playing import live
 
 pytestmark = pytest.mark.slow
 
@@ -67,11 +69,11 @@ def long_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @asynccontextmanager
 async def _console(
-    folder: Path, browser: Browser, script: Any = None, *, is_recording: bool = True
+    folder: Path, browser: Browser, script: Any = None, *, is_recording: bool = True, cold: ColdStore | None = None
 ) -> AsyncIterator[tuple[Gateway, Page]]:
     pipeline = ScriptedPipeline(script or ScriptedPipeline().script)
     async with (
-        serving(folder, pipeline, media_bytes=64 << 20, is_recording=is_recording) as gateway,
+        serving(folder, pipeline, media_bytes=64 << 20, is_recording=is_recording, cold=cold) as gateway,
         browser.page() as page,
     ):
         yield gateway, page
@@ -235,6 +237,29 @@ async def test_a_recording_is_shown_with_its_video_timeline_events_and_gaps(
         assert page.problems == []
 
 
+async def test_a_cameras_segments_are_played_one_after_the_other_and_across_a_hole(
+    tmp_path: Path, browser: Browser
+) -> None:
+    cold = ColdStore(f"memory://{tmp_path.name}")
+    async with _console(tmp_path, browser, cold=cold) as (gateway, page):
+        recording_id = await live(gateway, cold, tmp_path, 4)
+        await _sign_in(gateway, page, f"#/{recording_id}")
+        at = "Number(document.querySelector('.track').getAttribute('aria-valuenow'))"
+        shows = (
+            "document.querySelector('video')?.readyState >= 2 && document.querySelector('video').src.split('=').at(-1)"
+        )
+        await page.until(f"({shows}) === '0'")
+        await page.run("document.querySelector('.track').focus()")
+        await page.press("ArrowRight", 39)
+        await page.until(f"({shows}) === '1' && Math.abs(document.querySelector('video').currentTime - 1) < 0.1")
+        await page.press("ArrowRight", 39)  # to 10 s, where nothing was recorded
+        await page.until(f"({shows}) === '2' && {at} === 12")
+        await page.run("document.querySelector('video').playbackRate = 4; document.querySelector('video').play()")
+        await page.until(f"({shows}) === '3' && {at} >= 17")
+        await page.until(f"document.querySelector('video').ended && {at} >= 19")
+        assert page.problems == []
+
+
 async def test_a_click_and_the_arrow_keys_move_on_the_track(tmp_path: Path, browser: Browser, long_clip: Path) -> None:
     async with _console(tmp_path, browser) as (gateway, page):
         recording_id = await _recorded(gateway, long_clip)
@@ -311,7 +336,7 @@ async def test_a_question_too_long_for_one_request_is_asked_as_a_job(tmp_path: P
         await page.write("What happens?")
         await page.press("Enter", 13, text="\r")
         claim = None
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while claim is None:
                 claim = await JobStore(gateway.database).claim("worker", (JobKind.ASK,), 30)
                 await asyncio.sleep(0.02)
@@ -334,7 +359,7 @@ async def test_a_timeline_is_made_as_a_job_and_its_events_come_onto_the_track(
         await page.run(f"({change})(document.querySelector('.kind'))")
         await page.click(".send")
         claim = None
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while claim is None:
                 claim = await JobStore(gateway.database).claim("worker", (JobKind.TIMELINE,), 30)
                 await asyncio.sleep(0.02)

@@ -26,6 +26,7 @@ from nvila.gateway.files import FileStore
 from nvila.gateway.front import Front
 from nvila.gateway.http_services import HttpSettings, Services
 from nvila.gateway.pipeline import Pipeline, PipelineLimits
+from nvila.gateway.playing import Player
 from nvila.gateway.recordings import Recordings
 from nvila.gateway.request import RequestLimits
 from nvila.gateway.scratch import Scratch
@@ -104,7 +105,7 @@ async def _open(settings: GatewaySettings, keys: ApiKeys, opened: AsyncExitStack
         metrics=metrics,
     )
     opened.push_async_callback(fetcher.close)
-    recorded = await _open_recordings(settings, files, opened) if settings.recordings else None
+    recorded = await _open_recordings(settings, files, scratch, opened) if settings.recordings else None
     pool = await DecodePool.start(
         DecodeLimits(
             max_pixels=settings.max_pixels,
@@ -181,13 +182,16 @@ class _Recorded:
     recordings: Recordings
 
 
-async def _open_recordings(settings: GatewaySettings, files: FileStore, opened: AsyncExitStack) -> _Recorded:
+async def _open_recordings(
+    settings: GatewaySettings, files: FileStore, scratch: Scratch, opened: AsyncExitStack
+) -> _Recorded:
     url = settings.recordings_database_url
     live = settings.recordings_dir or settings.data_dir / "recordings"
     database = Database.open(url.get_secret_value() if url else f"sqlite:///{settings.data_dir}/recordings.db")
     opened.push_async_callback(database.close)
     await database.migrate()
     shelf = RecordingStore(database)
+    cold = await asyncio.to_thread(ColdStore, settings.recordings_cold_url or str(live))
     seal = Seal(key.get_secret_value() for key in settings.recordings_secret_keys)
     if not seal.is_on:
         _log.warning(UNSEALED, extra=fields(setting="NVILA_GATEWAY_RECORDINGS_SECRET_KEYS"))
@@ -196,13 +200,13 @@ async def _open_recordings(settings: GatewaySettings, files: FileStore, opened: 
         jobs=JobStore(database),
         files=files,
         inbox=Inbox(live),
-        segments=live,
+        player=Player(cold, scratch.new_path()),
         quota=Quota(
             recordings=settings.max_recordings, live=settings.max_live_recordings, queued_jobs=settings.max_queued_jobs
         ),
         seal=seal,
     )
-    cold = await asyncio.to_thread(ColdStore, settings.recordings_cold_url or str(live))
+    await opened.enter_async_context(_regularly(_SWEEP_EVERY_S, recordings.player.tidy))
     return _Recorded(shelf=shelf, cold=cold, recordings=recordings)
 
 

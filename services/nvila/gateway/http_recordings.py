@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Header, Query, Request
@@ -11,8 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from nvila.gateway import push
-from nvila.gateway.http_content import FileContent
+from nvila.gateway.http_content import FileContent, stored_content
 from nvila.gateway.http_services import Having, Tenant
+from nvila.gateway.playing import HEAD_BYTES, Stored, media_type
 from nvila.gateway.recordings import NewRecording, Seen, progress_of, static_of
 from nvila.recordings.types import ChunkPolicy, RecordedChunk, Recording, RecordingState, SourceKind
 
@@ -241,6 +241,23 @@ class ChunkList(BaseModel):
     next_cursor: str | None = Field(description="For `cursor` of the next request.")
 
 
+class SegmentObject(BaseModel):
+    """A file of the recording's video, whose first frame is at `start_s` on the recording's clock."""
+
+    object: Literal["recording.segment"] = "recording.segment"
+    number: int
+    start_s: float
+    duration_s: float
+    bytes: int
+
+
+class SegmentList(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[SegmentObject]
+    has_more: bool
+    next_cursor: str | None = Field(description="For `cursor` of the next request.")
+
+
 class MediaLink(BaseModel):
     """An address that plays without a key, for players that can send none."""
 
@@ -353,13 +370,49 @@ def _add_contents(app: FastAPI) -> None:
         headers = {**_MEDIA_HEADERS, "Cache-Control": "private, max-age=86400, immutable"}
         return Response(picture, media_type="image/jpeg", headers=headers)
 
+    @app.get(PATH + "/{recording_id}/segments", tags=["recordings"])
+    async def segments(
+        recording_id: str,
+        services: Having,
+        tenant: Tenant,
+        limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+        cursor: Annotated[int | None, Query(ge=0)] = None,
+        start_s: Seconds | None = None,
+        end_s: Seconds | None = None,
+    ) -> SegmentList:
+        """The files that hold the video, in order: a file's recording has one, a camera's many. Those of a camera are
+        kept for a day or as long as the operator says; older ones are listed, and cannot be played."""
+        recordings = services.recordings
+        await recordings.get(tenant, recording_id)
+        found = await recordings.shelf.segments(
+            recording_id, start_s=start_s, end_s=end_s, after=cursor, limit=limit + 1
+        )
+        has_more, found = len(found) > limit, found[:limit]
+        return SegmentList(
+            data=[
+                SegmentObject(number=one.number, start_s=one.start_s, duration_s=one.duration_s, bytes=one.size_bytes)
+                for one in found
+            ],
+            has_more=has_more,
+            next_cursor=str(found[-1].number) if has_more else None,
+        )
+
     @app.get(PATH + "/{recording_id}/media", tags=["recordings"], response_class=FileContent)
     async def media(
-        recording_id: str, services: Having, tenant: Tenant, segment: Annotated[int | None, Query(ge=0)] = None
-    ) -> FileContent:
-        """The video itself where a file is kept: the uploaded one, or a segment. Ranges are understood."""
-        path = await services.recordings.media(tenant, recording_id, segment)
-        return FileContent(path, media_type=media_type(path), headers=_MEDIA_HEADERS)
+        recording_id: str,
+        request: Request,
+        services: Having,
+        tenant: Tenant,
+        segment: Annotated[int | None, Query(ge=0)] = None,
+    ) -> Response:
+        """The video of a segment (the first, unless told) where its file is kept, wherever that is. Ranges are
+        understood. What browsers do not play is put into MP4, packets as they are."""
+        found = await services.recordings.media(tenant, recording_id, segment)
+        if isinstance(found, Stored):
+            return stored_content(found, request.headers.get("range"), _MEDIA_HEADERS)
+        with found.open("rb") as file:
+            kind = media_type(file.read(HEAD_BYTES))
+        return FileContent(found, media_type=kind, headers=_MEDIA_HEADERS)
 
     @app.post(PATH + "/{recording_id}/media_link", tags=["recordings"])
     async def media_link(
@@ -411,16 +464,3 @@ def _add_push(app: FastAPI) -> None:
             last_captured_at=done.last_captured_at,
             ended=end,
         )
-
-
-def media_type(path: Path) -> str:
-    """By its first bytes, and only types that a browser plays: what a client uploaded must never be a page."""
-    with path.open("rb") as file:
-        head = file.read(189)
-    if head[4:8] == b"ftyp":
-        return "video/mp4"
-    if head.startswith(b"\x1aE\xdf\xa3"):
-        return "video/webm" if b"webm" in head[:64] else "video/x-matroska"
-    if head[:1] == b"G" and head[188:189] == b"G":
-        return "video/mp2t"
-    return "application/octet-stream"

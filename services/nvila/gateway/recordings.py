@@ -15,6 +15,7 @@ from urllib.parse import unquote, urlsplit, urlunsplit
 
 from nvila.errors import Conflict, ForbiddenURL, InvalidRequest, LimitExceeded, NotFound
 from nvila.gateway.files import StoredFile
+from nvila.gateway.playing import Player, Stored
 from nvila.recordings.asking import fingerprint, window_params
 from nvila.recordings.inbox import Inbox
 from nvila.recordings.seal import SECRET, Seal
@@ -76,8 +77,15 @@ class Shelf(Protocol):
     ) -> Sequence[RecordedChunk]: ...
     async def thumbnail(self, recording_id: str, number: int) -> bytes: ...
     async def segments(
-        self, recording_id: str, *, start_s: float | None = None, end_s: float | None = None
+        self,
+        recording_id: str,
+        *,
+        start_s: float | None = None,
+        end_s: float | None = None,
+        after: int | None = None,
+        limit: int | None = None,
     ) -> Sequence[Segment]: ...
+    async def segment(self, recording_id: str, number: int) -> Segment: ...
 
 
 class Jobs(Protocol):
@@ -166,16 +174,15 @@ class Recordings:
         jobs: Jobs,
         files: Files,
         inbox: Inbox,
-        segments: Path,
+        player: Player,
         quota: Quota | None = None,
         seal: Seal | None = None,
     ) -> None:
-        """`segments`: the folder that `Segment.path` is relative to."""
         self.shelf = shelf
         self.jobs = jobs
         self.inbox = inbox
         self._files = files
-        self._segments = segments
+        self.player = player
         self._quota = quota or Quota()
         self._seal = seal or Seal()
 
@@ -287,19 +294,17 @@ class Recordings:
             static=tuple(static),
         )
 
-    async def media(self, tenant: str, recording_id: str, segment: int | None) -> Path:
-        """A file that a player can open: the uploaded one, or a kept segment. Raises `NotFound` when there is none."""
+    async def media(self, tenant: str, recording_id: str, segment: int | None) -> Path | Stored:
+        """What a player can open: a kept segment, or the uploaded file while none is kept yet. Raises `NotFound` when
+        there is none."""
         recording = await self.get(tenant, recording_id)
-        if recording.source.kind is SourceKind.FILE:
-            assert recording.source.file_id is not None, "a file's recording names it"
-            await self._files.get(tenant, recording.source.file_id)
-            return self._files.content_path(tenant, recording.source.file_id)
-        for one in await self.shelf.segments(recording_id):
-            if one.number == (segment or 0) and one.path:
-                path = self._segments / one.path
-                if path.resolve().is_relative_to(self._segments.resolve()) and path.is_file():
-                    return path
-        raise NotFound("this recording keeps no file that could be played", param="recording_id")
+        try:
+            return await self.player.open(await self.shelf.segment(recording_id, segment or 0))
+        except NotFound:
+            if recording.source.file_id is None or segment:
+                raise NotFound("this recording keeps no file that could be played", param="recording_id") from None
+        await self._files.get(tenant, recording.source.file_id)
+        return self._files.content_path(tenant, recording.source.file_id)
 
     async def pushable(self, tenant: str, recording_id: str) -> Recording:
         """Raises `Conflict` for a recording that takes no frames from clients."""

@@ -110,6 +110,29 @@ class ColdStore:
                 raise _no_segment() from None
             yield path
 
+    async def local(self, relative: str) -> Path | None:
+        """A segment's file where the store is a local disk; None on any other. Raises `NotFound`."""
+        if not self._is_local:
+            return None
+        path = Path(self._path(relative))
+        if not await asyncio.to_thread(path.is_file):
+            raise _no_segment()
+        return path
+
+    async def size(self, relative: str) -> int:
+        """Of a segment, in bytes. Raises `NotFound`, `Unavailable`."""
+        try:
+            return int(await self._guarded("look for a segment", self._fs.size, self._path(relative)) or 0)
+        except FileNotFoundError:
+            raise _no_segment() from None
+
+    async def read(self, relative: str, start: int, end: int) -> bytes:
+        """Bytes [start, end) of a segment. Raises `NotFound`, `Unavailable`."""
+        try:
+            return bytes(await self._guarded("read a segment", self._fs.cat_file, self._path(relative), start, end))
+        except FileNotFoundError:
+            raise _no_segment() from None
+
     async def forget_segments(self, recording_id: str) -> None:
         """Remove all segments of a recording. Raises `Unavailable`."""
         await self._guarded("remove segments", self._remove_folder, self._path(f"segments/{recording_id}"))

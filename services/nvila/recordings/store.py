@@ -140,15 +140,25 @@ class RecordingStore:
     # -- segments
 
     async def segments(
-        self, recording_id: str, *, start_s: float | None = None, end_s: float | None = None
+        self,
+        recording_id: str,
+        *,
+        start_s: float | None = None,
+        end_s: float | None = None,
+        after: int | None = None,
+        limit: int | None = None,
     ) -> Sequence[Segment]:
-        """Those that reach into the window, in order."""
+        """Those that reach into the window, in order. `after`: only greater numbers."""
         table = schema.segments
         query = select(table).where(table.c.recording_id == recording_id).order_by(table.c.number)
         if start_s is not None:
             query = query.where(table.c.start_s + table.c.duration_s > start_s)
         if end_s is not None:
             query = query.where(table.c.start_s < end_s)
+        if after is not None:
+            query = query.where(table.c.number > after)
+        if limit is not None:
+            query = query.limit(limit)
         async with self._database.read() as connection:
             return [_segment(row) for row in await connection.execute(query)]
 

@@ -25,6 +25,7 @@ export class Detail {
     this.position = 0;
     this.leaving = new AbortController();
     this.pictures = new Map();
+    this.film = null; // the segment that the player has, or is about to
     place.replaceChildren(document.getElementById("detail").content.cloneNode(true));
     this.root = place.firstElementChild;
     this.$ = (selector) => this.root.querySelector(selector);
@@ -40,10 +41,10 @@ export class Detail {
       say,
     });
     this.$(".delete").addEventListener("click", () => this.remove(gone, say));
-    this.video.addEventListener("timeupdate", () => this.move(this.video.currentTime));
+    this.video.addEventListener("timeupdate", () => this.plays && this.move(this.film.start_s + this.video.currentTime));
+    this.video.addEventListener("ended", () => this.goOn());
     this.video.addEventListener("error", () => this.unplayable());
     this.seenGaps = NO_GAPS;
-    this.link().catch(trouble);
     this.show();
     this.contents().catch(trouble);
   }
@@ -108,6 +109,7 @@ export class Detail {
     const chunks = await this.sample(coverage.chunks, signal);
     await this.timeline.setChunks(chunks);
     this.still();
+    if (!this.film && !this.isUnplayable) await this.load(this.position);
     await this.lastTimeline(signal);
   }
 
@@ -158,25 +160,62 @@ export class Detail {
 
   // -- the picture
 
-  async link() {
+  // Have the player show this moment: from the segment that holds it, or from the next one where nothing was recorded.
+  async load(seconds, isPlaying = false) {
+    const { id } = this.recording;
+    const signal = this.leaving.signal;
+    const wanted = (this.wanted = Symbol());
+    const { data } = await get(`/v1/recordings/${id}/segments?start_s=${seconds}&limit=1`, { signal });
+    if (wanted !== this.wanted) return;
+    const isUpload = !this.film && this.recording.source.file_id; // which is there before a worker has begun
+    const film = data[0] ?? (isUpload ? { number: 0, start_s: 0, duration_s: Infinity } : null);
+    if (!film) return isPlaying ? null : this.showPictures();
+    if (this.plays && film.number === this.film.number) {
+      this.video.currentTime = Math.max(0, seconds - film.start_s);
+      return;
+    }
     try {
-      const { url } = await post(`/v1/recordings/${this.recording.id}/media_link`, undefined, { signal: this.leaving.signal });
+      const { url } = await post(`/v1/recordings/${id}/media_link?segment=${film.number}`, undefined, { signal });
+      if (wanted !== this.wanted) return;
+      this.film = film;
+      this.plays = false;
+      this.video.addEventListener("loadedmetadata", () => this.film === film && this.begin(Math.max(seconds, film.start_s), isPlaying), { once: true, signal });
       this.video.src = url;
-      this.video.hidden = false;
-      this.$(".no-picture").hidden = true;
-      this.plays = true;
     } catch (error) {
       if (error.status !== 404) throw error;
+      this.showPictures(); // its footage is not kept any more
     }
+  }
+
+  begin(seconds, isPlaying) {
+    this.video.hidden = false;
+    this.$(".no-picture").hidden = this.$(".still").hidden = true;
+    this.video.currentTime = seconds - this.film.start_s;
+    this.plays = true;
+    this.move(seconds);
+    if (isPlaying) this.video.play().catch(() => {});
+  }
+
+  // The next segment, which begins where this one ends or after a gap.
+  goOn() {
+    const end = this.film.start_s + this.film.duration_s;
+    if (end < this.recording.ingested_s) this.load(end + 0.001, true).catch(this.trouble);
+  }
+
+  showPictures() {
+    this.plays = false;
+    this.film = null;
+    this.video.pause();
+    this.video.removeAttribute("src");
+    this.video.hidden = true;
+    this.still();
   }
 
   unplayable() {
     if (!this.video.getAttribute("src")) return;
-    this.plays = false;
-    this.video.hidden = true;
-    this.$(".no-picture").hidden = false;
+    this.isUnplayable = true;
+    this.showPictures();
     setText(this.$(".no-picture"), "This browser cannot play the file; pictures of its chunks are shown instead");
-    this.still();
   }
 
   async still() {
@@ -194,8 +233,14 @@ export class Detail {
 
   seek(seconds) {
     this.move(seconds);
-    if (this.plays) this.video.currentTime = seconds;
-    else this.still();
+    const { film } = this;
+    if (this.plays && seconds >= film.start_s && seconds < film.start_s + film.duration_s) {
+      this.wanted = null; // whatever was about to be loaded
+      this.video.currentTime = seconds - film.start_s;
+      return;
+    }
+    this.still();
+    this.load(seconds, this.plays && !this.video.paused).catch(this.trouble);
   }
 
   move(seconds) {
