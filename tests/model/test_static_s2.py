@@ -17,7 +17,7 @@ from nvila.model.checkpoint import Checkpoint
 from nvila.model.config import NvilaConfig
 from nvila.model.encoder import VisionEncoder
 from nvila.model.layouts import LayoutStyle, flat_kind, read_layout
-from nvila.model.preprocess import pad_square, pixel_values, resize_exact
+from nvila.model.preprocess import pad_square, pixel_values, resize_exact, resize_padded
 from nvila.model.projector import Projector
 from nvila.model.save import convert_checkpoint
 from nvila.model.static_s2 import static_s2_features
@@ -132,6 +132,20 @@ def test_pad_mode_pads_before_the_scales(tmp_path: Path) -> None:
     values_TD, _ = VisionEncoder.from_checkpoint(padded).encode(frames, settings(MediaKind.IMAGE))
 
     torch.testing.assert_close(values_TD, by_hand(padded, pad_square(frames[0])), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "size",
+    [(1, 1), (1, 5000), (5000, 1), (7, 3001), (2999, 1500), (1024, 1100), (168, 168), (168, 30), (31, 30)],
+    ids=str,
+)
+def test_a_padded_picture_is_brought_to_size_without_its_square(
+    size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rgb = picture(*size)[0]
+    for strip in (1 << 12, 1 << 20):
+        monkeypatch.setattr("nvila.model.preprocess.PAD_STRIP_PX", strip)
+        assert np.array_equal(resize_padded(rgb, 168), resize_exact(pad_square(rgb), 168, 168))
 
 
 def test_scales_in_any_order_are_sorted_as_the_reference_does(tmp_path: Path) -> None:

@@ -90,6 +90,7 @@ def broken_files() -> dict[str, tuple[bytes, type[NvilaError]]]:
         "text": (b"not an image at all\n" * 50, UnsupportedMedia),
         "bomb": (bomb, LimitExceeded),
         "huge header": (png_header(65_535, 65_535) + png_chunk(b"IDAT", b""), LimitExceeded),
+        "a line": (png_header(1, 1_000_000) + png_chunk(b"IDAT", b""), LimitExceeded),
         "header only": (png_header(64, 48), InvalidMedia),
         "jpeg2000": (b"\x00\x00\x00\x0cjP  \r\n\x87\n" + bytes(64), UnsupportedMedia),
         "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", UnsupportedMedia),

@@ -33,7 +33,7 @@ from nvila.gateway.recorded import RecordedItem
 from nvila.gateway.work import Clock, Patience, first_of, gather, stop
 from nvila.model import cost
 from nvila.model.config import NvilaConfig
-from nvila.model.estimate import RequestCost, request_cost, text_at_most
+from nvila.model.estimate import MediaCost, RequestCost, request_cost, text_at_most
 from nvila.recordings.planner import Budget
 from nvila.recordings.questions import (
     PART_POSITIONS,
@@ -312,12 +312,16 @@ class OneAnswer:
     def _cost(self) -> RequestCost:
         return request_cost(
             self._config,
-            [item.cost(self._config, self._card.token_dtype) for item in self._items],
+            [self._cost_of(item) for item in self._items],
             self._question.messages,
             answer_tokens=self._question.sampling.max_tokens,
             longest=self._card.max_model_len,
             dtype=self._card.token_dtype,
         )
+
+    def _cost_of(self, item: MediaItem | RecordedItem) -> MediaCost:
+        with _blaming(item.source):
+            return item.cost(self._config, self._card.token_dtype)
 
     # -- encoding: chunk -> frames -> name -> cache -> vision
 

@@ -10,12 +10,18 @@ import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nvila.errors import LimitExceeded
 from nvila.model import cost
 from nvila.model.config import ImageMode, NvilaConfig
 from nvila.types import Level, MediaKind, Message, RecordingCoverage, Role, TextPart, TokenDtype
 
 VALUE_BYTES = 2
 """Of a key or value in the language model's cache, and of its arithmetic, unless that is float32."""
+
+MOST_PADDED_PX = 16_384
+"""Longer side of a picture in `pad` mode: its square has to be gone over, however thin it is."""
+PAD_STRIP_PX = 1 << 20
+"""Of a picture's square in `pad` mode, made at a time (or one row, where that is more)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +103,11 @@ class RequestCost:
 
 
 def media_cost(config: NvilaConfig, size: MediaSize, dtype: TokenDtype) -> MediaCost:
-    """Raises `InvalidRequest` where a pooling level does not divide a run."""
+    """Raises `InvalidRequest` where a pooling level does not divide a run, `LimitExceeded` for a picture whose square
+    would be huge."""
+    side = max(size.width_px, size.height_px)
+    if size.kind is MediaKind.IMAGE and config.image_mode is ImageMode.PAD and side > MOST_PADDED_PX:
+        raise LimitExceeded.of("pixels on a side of a picture to be padded", asked=side, limit=MOST_PADDED_PX)
     runs = [_levels(config, size, frames) for frames in size.runs]
     levels = cost.join_levels(runs)
     is_woven = size.kind is MediaKind.IMAGE and size.is_tiled and config.can_tile
@@ -162,9 +172,10 @@ def _text(message: Message) -> str:
 
 
 def preparation_bytes(config: NvilaConfig, size: MediaSize, tiles: int) -> int:
-    """Most bytes that pixels of one chunk take on their way to the tower: decoded frames (twice: as they are and, in
-    `pad` mode, on their square), the picture between the two passes of a resize, tiles in 8 bits (cut, joined and
-    channels first) and as float32 pixel values. Small whatever the picture's shape; weights and features not counted.
+    """Most bytes that pixels of one chunk take on their way to the tower: decoded frames (twice: as they are, and as
+    the resize takes them; in `pad` mode with a strip of their square), the picture between the two passes of a resize,
+    tiles in 8 bits (cut, joined and channels first) and as float32 pixel values. Small whatever the picture's shape
+    (its sides are bounded, video/media.py); weights and features not counted.
     """
     S, pixel = config.tile_px, 3
     if size.kind is MediaKind.VIDEO:
@@ -172,7 +183,9 @@ def preparation_bytes(config: NvilaConfig, size: MediaSize, tiles: int) -> int:
     else:
         columns, _ = cost.tile_grid(config, size.width_px, size.height_px) if size.is_tiled else (1, 1)
         side = max(size.width_px, size.height_px)
-        source = size.width_px * size.height_px + (side * side if config.image_mode is ImageMode.PAD else 0)
+        source = size.width_px * size.height_px
+        if config.image_mode is ImageMode.PAD:
+            source += max(PAD_STRIP_PX, side)
         largest = max([columns, *(scale // S for scale in config.s2_scales[:-1])])
         between = largest * S * max(side if config.image_mode is ImageMode.PAD else size.height_px, largest * S)
     return pixel * (2 * source + 2 * between + tiles * S * S * (4 + 2 * 4))

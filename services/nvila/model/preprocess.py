@@ -13,6 +13,7 @@ from PIL import Image
 
 from nvila.model.config import ImageMode, NvilaConfig
 from nvila.model.cost import tile_grid
+from nvila.model.estimate import PAD_STRIP_PX
 from nvila.model.tiles import TileGrid, square_splits
 
 PAD_LEVEL = 127
@@ -38,9 +39,13 @@ def resize_exact(rgb_HWC: NDArray[np.uint8], width_px: int, height_px: int) -> N
     image = Image.fromarray(rgb_HWC)
     if image.width != width_px:
         image = image.resize((width_px, image.height), Image.Resampling.BICUBIC)
-    if image.height != height_px:
-        image = image.resize((width_px, height_px), Image.Resampling.BICUBIC)
-    return np.asarray(image)
+    return np.asarray(_to_height(image, height_px))
+
+
+def _to_height(image: Image.Image, height_px: int) -> Image.Image:
+    if image.height == height_px:
+        return image
+    return image.resize((image.width, height_px), Image.Resampling.BICUBIC)
 
 
 def pad_square(rgb_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
@@ -53,11 +58,31 @@ def pad_square(rgb_HWC: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return square
 
 
+def resize_padded(rgb_HWC: NDArray[np.uint8], side_px: int) -> NDArray[np.uint8]:
+    """`resize_exact` of `pad_square`, (S, S, 3), without ever making the square, which a thin picture makes huge.
+
+    The horizontal pass sees one row at a time, and leaves rows of grey as they are.
+    """
+    height, width = rgb_HWC.shape[:2]
+    longer = max(height, width)
+    if longer == side_px:
+        return pad_square(rgb_HWC)
+    top, left = (longer - height) // 2, (longer - width) // 2
+    narrow = Image.new("RGB", (side_px, longer), (PAD_LEVEL,) * 3)
+    rows = max(1, PAD_STRIP_PX // longer)
+    for at in range(0, height, rows):
+        strip = rgb_HWC[at : at + rows]
+        padded = np.full((len(strip), longer, 3), PAD_LEVEL, np.uint8)
+        padded[:, left : left + width] = strip
+        narrow.paste(Image.fromarray(resize_exact(padded, side_px, len(strip))), (0, top + at))
+    return np.asarray(_to_height(narrow, side_px))
+
+
 def split_image(config: NvilaConfig, rgb_HWC: NDArray[np.uint8], is_tiled: bool) -> TiledImage:
     """Cut one picture (uint8 RGB, any size) as the model expects; `is_tiled` only for a prompt's single image."""
     side = config.tile_px
     if config.image_mode is ImageMode.PAD:
-        rgb_HWC = pad_square(rgb_HWC)
+        return TiledImage(tiles_NHWC=resize_padded(rgb_HWC, side)[None])
     whole_1HWC = resize_exact(rgb_HWC, side, side)[None]
     if not (is_tiled and config.can_tile):
         return TiledImage(tiles_NHWC=whole_1HWC)

@@ -25,6 +25,9 @@ class DecodeLimits:
 
     max_pixels: int = 64 * 1024 * 1024
     """Width x height of an image or of a video's frames, read from headers before anything is decoded."""
+    max_side_px: int = 65_535
+    """Longer side of an image or a frame, JPEG's own limit: bringing a line of a million pixels to a tile's size takes
+    gigabytes between the two passes, however few pixels it has (`preparation_bytes`)."""
     max_file_bytes: int = 8 * 1024**3
     """Size of one media file."""
     max_source_frames: int = 4_000_000

@@ -100,6 +100,12 @@ def check_file(path: Path, limits: DecodeLimits) -> os.stat_result:
 def check_pixels(width_px: int, height_px: int, limits: DecodeLimits) -> None:
     if width_px < 1 or height_px < 1:
         raise InvalidMedia("the header gives no picture size that can be decoded")
+    if max(width_px, height_px) > limits.max_side_px:
+        raise LimitExceeded.of(
+            f"pixels on a side of a {width_px} x {height_px} picture",
+            asked=max(width_px, height_px),
+            limit=limits.max_side_px,
+        )
     if width_px * height_px > limits.max_pixels:
         raise LimitExceeded.of(
             f"pixels of a {width_px} x {height_px} picture", asked=width_px * height_px, limit=limits.max_pixels
