@@ -30,13 +30,13 @@ class RedisServer:
 
     def start(self) -> None:
         self._process = subprocess.Popen(command(self._config), stdout=subprocess.DEVNULL)
-        give_up = time.monotonic() + 10
+        give_up = time.monotonic() + 30
         while time.monotonic() < give_up:
             with socket.socket() as probe:
                 if probe.connect_ex(("127.0.0.1", self.port)) == 0:
                     return
             time.sleep(0.01)
-        raise TimeoutError(f"redis-server did not listen on port {self.port} within 10 s")
+        raise TimeoutError(f"redis-server did not listen on port {self.port} within 30 s")
 
     def signal(self, number: signal.Signals) -> None:
         assert self._process is not None

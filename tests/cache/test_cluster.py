@@ -143,7 +143,7 @@ async def test_a_server_that_goes_costs_its_own_records_only_and_no_waiting(
     assert await store.measure()
     assert sample(metrics, "nvila_cache_up") == pytest.approx(2 / 3)
     own_cluster.signal(0, signal.SIGCONT)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while set(await store.get(refs, FORM)) != {ref.key for ref in refs}:
             await asyncio.sleep(0.05)
     await store.close()

@@ -58,17 +58,17 @@ def _write_acl(rendered: Rendered, folder: Path) -> None:
         (passwords / name).write_bytes(base64.b64decode(value))
     script = rendered.get("ConfigMap", "redis")["data"]["write-acl.sh"]
     script = script.replace("/etc/nvila/passwords", str(passwords)).replace("/run/nvila", str(folder))
-    subprocess.run(["sh", "-c", script], check=True, timeout=10)
+    subprocess.run(["sh", "-c", script], check=True, timeout=60)
 
 
 def _await(port: int) -> None:
-    give_up = time.monotonic() + 10
+    give_up = time.monotonic() + 30
     while time.monotonic() < give_up:
         with socket.socket() as probe:
             if probe.connect_ex(("127.0.0.1", port)) == 0:
                 return
         time.sleep(0.01)
-    raise TimeoutError(f"redis-server did not listen on port {port} within 10 s")
+    raise TimeoutError(f"redis-server did not listen on port {port} within 30 s")
 
 
 def _url(port: int, role: str) -> str:

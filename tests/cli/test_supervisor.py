@@ -85,17 +85,17 @@ def supervise(folder: StackFolder, other: str = READY) -> subprocess.Popen[bytes
 def close(supervisor: subprocess.Popen[bytes]) -> int:
     assert supervisor.stdin is not None
     supervisor.stdin.close()
-    return supervisor.wait(20)
+    return supervisor.wait(60)
 
 
 def await_state(folder: StackFolder, is_so: Callable[[StackState], bool]) -> StackState:
-    until = time.monotonic() + 20
+    until = time.monotonic() + 60
     while time.monotonic() < until:
         state = folder.read()
         if state is not None and is_so(state):
             return state
         time.sleep(0.02)
-    raise AssertionError(f"it did not come to that in 20 s: {folder.read()}")
+    raise AssertionError(f"it did not come to that in 60 s: {folder.read()}")
 
 
 def is_ready(state: StackState) -> bool:
@@ -142,7 +142,7 @@ def test_once_detached_it_outlives_the_foreground_process(folder: StackFolder) -
         supervisor.wait(1)
 
     assert lifecycle.stop(folder)
-    assert supervisor.wait(20) == 0
+    assert supervisor.wait(60) == 0
     assert everything_is_gone(folder)
 
 
@@ -168,7 +168,7 @@ def is_all_ready(state: StackState) -> bool:
 def test_a_part_that_dies_at_the_start_ends_the_start_with_its_reason(folder: StackFolder) -> None:
     supervisor = supervise(folder, "import sys; print('no such model', flush=True); sys.exit(4)")
 
-    assert supervisor.wait(20) == 1
+    assert supervisor.wait(60) == 1
     close(supervisor)
 
     state = folder.read()
@@ -188,7 +188,7 @@ def test_parts_die_with_a_killed_supervisor_and_the_rest_is_found_later(folder: 
     supervisor.kill()
     close(supervisor)
 
-    assert all(processes.wait_until_gone(child, 5) for child in children)
+    assert all(processes.wait_until_gone(child, 30) for child in children)
     assert lifecycle.clear_leftovers(folder), "the daemon and the shared memory were left"
     assert everything_is_gone(folder)
     assert folder.read() is None
@@ -200,7 +200,7 @@ def test_a_second_supervisor_leaves_a_running_stack_alone(folder: StackFolder) -
 
     second = supervise(folder)
 
-    assert second.wait(20) == 3
+    assert second.wait(60) == 3
     close(second)
     assert first.poll() is None
     close(first)
@@ -216,7 +216,7 @@ def test_a_part_that_ignores_sigterm_is_killed_after_its_time(folder: StackFolde
     began = time.monotonic()
     assert close(supervisor) == 0
 
-    assert 4 < time.monotonic() - began < 15
+    assert 4 < time.monotonic() - began < 30
     assert everything_is_gone(folder)
 
 

@@ -221,14 +221,14 @@ def test_wait_lists_again_when_its_version_is_too_old(nvila: Run) -> None:
 def test_wait_does_not_trust_a_watch_that_says_nothing(nvila: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster_wait, "LOOK_S", 1.0)
     state = made.installed(ready=False)
-    state.watch_delay_s = 5.0
+    state.watch_delay_s = 60.0
     thread = _later(0.5, _all_ready, state)
     began_s = time.monotonic()
     outcome = nvila(state, "wait", "--timeout", "30")
     thread.join()
 
     assert outcome.code == 0
-    assert time.monotonic() - began_s < 5
+    assert time.monotonic() - began_s < 20
 
 
 def test_wait_for_a_release_that_does_not_exist_yet(nvila: Run) -> None:

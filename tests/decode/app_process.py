@@ -73,7 +73,7 @@ class DecodeApp:
         return [process for process in self._processes() if "EngineCore" in _title(process)]
 
     def metrics(self) -> str:
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.http_port}/metrics", timeout=30) as answer:
             page: str = answer.read().decode()
             return page
 
@@ -94,7 +94,7 @@ class DecodeApp:
         try:
             status = self._process.wait(STOP_TIMEOUT_S)
         finally:
-            _, alive = psutil.wait_procs(list(self._seen.values()), timeout=5)
+            _, alive = psutil.wait_procs(list(self._seen.values()), timeout=30)
             for process in alive:
                 process.kill()
             if self._process.poll() is None:

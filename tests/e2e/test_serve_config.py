@@ -86,14 +86,14 @@ def _end(ray: subprocess.Popen[bytes], mark: str) -> None:
     ray.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
         ray.wait(5)
-    until = time.monotonic() + 10
+    until = time.monotonic() + 30
     while left := [*processes.marked(mark), *(one.pid for one in known if one.is_alive())]:
         assert time.monotonic() < until, f"processes {left} cannot be killed"
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.05)
-    ray.wait(5)
+    ray.wait(30)
 
 
 def _status(url: str) -> int:

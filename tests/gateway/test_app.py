@@ -77,7 +77,7 @@ async def _said_to(port: int | None, words: bytes) -> dict[str, Any]:
     """The error object that answers bytes which are no request."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     writer.write(words)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(30):
         head, _, body = (await reader.read()).partition(b"\r\n\r\n")
     writer.close()
     assert head.startswith(b"HTTP/1.1 400 ")
@@ -89,13 +89,13 @@ async def test_without_the_services_behind_it_is_live_not_ready_answers_503_and_
     headers = {"Authorization": "Bearer key-number-one"}
     async with _process(tmp_path) as (process, client):
         await _until_live(client)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             while len(reasons := (await client.get("/health/ready")).json()["reasons"]) < 2:
                 await asyncio.sleep(0.05)
         assert any("decode" in reason for reason in reasons)
         assert any("vision" in reason for reason in reasons)
         body = {"messages": [{"role": "user", "content": "Hello"}]}
-        answer = await client.post("/v1/chat/completions", json=body, headers=headers, timeout=20)
+        answer = await client.post("/v1/chat/completions", json=body, headers=headers, timeout=30)
         assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
         metrics = (await client.get("/metrics", headers=headers)).text
         assert "nvila_decode_workers 1.0" in metrics
@@ -103,7 +103,7 @@ async def test_without_the_services_behind_it_is_live_not_ready_answers_503_and_
         error = await _said_to(client.base_url.port, b"\x16\x03\x01 no HTTP at all\r\n\r\n")
         assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_request")
         process.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(30):
             _, log = await process.communicate()
     assert process.returncode == 0
     assert b"Traceback" not in log

@@ -185,7 +185,7 @@ async def _send(url: str, *chunks: bytes) -> bytes:
         for chunk in chunks:
             writer.write(chunk)
             await writer.drain()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             return await reader.read(65536)
     finally:
         writer.close()

@@ -145,7 +145,7 @@ async def test_a_silent_job_has_a_heartbeat_and_its_events_come_as_they_are_said
         claim = await _claim(gateway, JobKind.SUMMARY)
         lines: list[str] = []
         url = f"/v1/jobs/{job_id}/events"
-        async with asyncio.timeout(10), gateway.client.stream("GET", url, headers=BEARER) as got:
+        async with asyncio.timeout(30), gateway.client.stream("GET", url, headers=BEARER) as got:
             async for line in got.aiter_lines():
                 if line.startswith(":") and not any(said.startswith("event: section") for said in lines):
                     await claim.event("section", {"text": "now"})

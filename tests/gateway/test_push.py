@@ -157,13 +157,13 @@ async def test_a_body_without_end_is_cut_while_it_comes_and_kept_when_the_line_b
     async with serving(tmp_path) as gateway:
         recording_id = await _recording(gateway)
         sending = asyncio.create_task(_push(gateway, recording_id, live()))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while len(inbox.pieces(recording_id)) < 2:
                 await asyncio.sleep(0.01)
         busy = await _push(gateway, recording_id, data)
         assert busy.status_code == 409
         sending.cancel()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while len(inbox.pieces(recording_id)) < 3:
                 await asyncio.sleep(0.01)
             while (again := await _push(gateway, recording_id, data, captured_at=7, end=True)).status_code == 409:

@@ -52,7 +52,7 @@ class PostgresServer:
             *("-D", self._data, "-k", self._folder, "-p", self.port),
             *("-c", "listen_addresses=127.0.0.1", "-c", "fsync=off", "-c", "max_connections=50"),
         )
-        give_up = time.monotonic() + 20
+        give_up = time.monotonic() + 60
         while True:
             try:
                 psycopg.connect(self._url("postgres"), connect_timeout=2).close()
@@ -72,7 +72,7 @@ class PostgresServer:
         """SIGINT: cut off all clients, then end. SIGQUIT: end at once, as if killed."""
         if self._process is not None:
             self._process.send_signal(how)
-            self._process.wait(20)
+            self._process.wait(60)
             self._process = None
 
     def remove(self) -> None:

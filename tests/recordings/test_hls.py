@@ -103,7 +103,7 @@ async def test_a_live_playlist_is_followed_and_each_segment_comes_once(web: Web,
     web.pages[_BASE] = web.pages[_BASE].replace(b"DURATION:2", b"DURATION:0.1")
     reader = HlsReader(web, tmp_path / "hls", first_pause_s=0.01)
     pieces: list[tuple[bytes, float]] = []
-    async with asyncio.timeout(10), aclosing(reader.events(recording())) as events:
+    async with asyncio.timeout(30), aclosing(reader.events(recording())) as events:
         async for event in events:
             if isinstance(event, Ended):
                 break
@@ -122,7 +122,7 @@ async def test_segments_that_were_missed_keep_their_place_without_dates(web: Web
     web.pages = {f"https://cdn.example/live/{n}.ts": b"x" for n in range(20)}
     web.pages[_BASE] = playlist(1, 1, dated=False).replace(b"DURATION:2", b"DURATION:0.1")
     reader, at = HlsReader(web, tmp_path / "hls", clock=lambda: 1000.0), []
-    async with asyncio.timeout(10), aclosing(reader.events(recording())) as events:
+    async with asyncio.timeout(30), aclosing(reader.events(recording())) as events:
         async for event in events:
             if isinstance(event, Footage):
                 at.append(event.captured_at)
@@ -134,7 +134,7 @@ async def test_segments_that_were_missed_keep_their_place_without_dates(web: Web
 
 async def test_a_playlist_that_is_away_is_told_and_tried_again(web: Web, tmp_path: Path) -> None:
     reader = HlsReader(web, tmp_path / "hls", first_pause_s=0.01)
-    async with asyncio.timeout(10), aclosing(reader.events(recording())) as events:
+    async with asyncio.timeout(30), aclosing(reader.events(recording())) as events:
         assert isinstance(await anext(events), Away)
         web.pages = {_BASE: playlist(1, 1, end=True), "https://cdn.example/live/1.ts": b"x"}
         event = await anext(events)
@@ -147,7 +147,7 @@ async def test_a_playlist_that_is_away_is_told_and_tried_again(web: Web, tmp_pat
 async def test_a_playlist_cannot_lead_inside(web: Web, tmp_path: Path) -> None:
     web.pages = {_BASE: playlist(1, 1).replace(b"1.ts", b"http://inside/secret")}
     reader = HlsReader(web, tmp_path / "hls", first_pause_s=0.01)
-    async with asyncio.timeout(10), aclosing(reader.events(recording())) as events:
+    async with asyncio.timeout(30), aclosing(reader.events(recording())) as events:
         with pytest.raises(ForbiddenURL):
             await anext(events)
 

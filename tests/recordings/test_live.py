@@ -4,6 +4,7 @@ more than can be taken in."""
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -160,7 +161,7 @@ async def test_while_the_source_is_away_the_clock_runs_on_and_gaps_are_written(
 async def test_revoked_credentials_show_in_the_state(taking: Taking, show: Show, clock: Clock) -> None:
     recording_id, work = await run(taking, clock)
     show.away(until_s=0, error=Unauthenticated("the camera does not accept the user name and password"))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not (recording := await taking.shelf.get(recording_id, tenant="acme")).error_code:
             await asyncio.sleep(0.02)
     assert (recording.state, recording.error_code) == (RecordingState.WAITING, "unauthenticated")
@@ -220,7 +221,7 @@ async def taken(show: Show, pieces: int) -> None:
 
 
 async def until_it_waits(taking: Taking, recording_id: str) -> Recording:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while not (recording := await taking.shelf.get(recording_id, tenant="acme")).error_code:
             await asyncio.sleep(0.02)
     return recording
@@ -396,7 +397,7 @@ async def test_a_client_that_pushes_faster_than_is_taken_in_is_held_back_and_los
     push(inbox, recording_id, tmp_path, range(10), end=True)
     claim = await taking.claim()
     work: asyncio.Future[object] = asyncio.ensure_future(taking.handler()(claim))
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while taking.vision.calls == 0 or len(inbox.pieces(recording_id)) == 10:
             await asyncio.sleep(0.02)
     await asyncio.sleep(1.0)
@@ -444,16 +445,18 @@ async def test_a_real_camera_with_a_drop_becomes_chunks_with_a_gap(taking: Takin
         claim = await taking.claim()
         work = asyncio.ensure_future(taking.handler()(claim))
         await until(taking, recording_id, 2)
+        stopped = time.monotonic()
         await shown.stop()
         await asyncio.sleep(2.0)
         await shown.start()
         recording = await until(taking, recording_id, 5)
+        away_s = time.monotonic() - stopped
         work.cancel()
         await asyncio.wait({work})
     reader.close()
     chunks = await taking.shelf.chunks(recording_id)
     gaps = [gap for chunk in chunks for gap in chunk.gaps]
-    assert 1.0 < sum(gap.end_s - gap.start_s for gap in gaps) < 5.0
+    assert 1.0 < sum(gap.end_s - gap.start_s for gap in gaps) < away_s
     assert recording.counters.reconnects == 1
     assert [chunk.number for chunk in chunks] == list(range(len(chunks)))
 

@@ -96,7 +96,7 @@ async def test_on_a_live_recording_it_begins_with_the_next_chunk_and_ends_with_t
     await grow(asking.jobs, recording, chunk_of(recording.id, 3))
     await grow(asking.jobs, recording, chunk_of(recording.id, 4), RecordingState.COMPLETE)
 
-    result = await asyncio.wait_for(watch, 10)
+    result = await asyncio.wait_for(watch, 30)
 
     assert result == {"chunks": 2, "alerts": 1, "unclear": 0}
     assert [window.start_s for _, window in asking.model.asked if window] == [48, 64]
@@ -105,7 +105,7 @@ async def test_on_a_live_recording_it_begins_with_the_next_chunk_and_ends_with_t
 
 async def begun(asking: Asking, job: Job) -> None:
     """The watch has noted where it begins."""
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(30):
         while "begin" not in [kind for kind, _ in await asking.events(job)]:
             await asyncio.sleep(0.01)
 

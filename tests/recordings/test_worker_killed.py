@@ -33,7 +33,7 @@ class Workers:
 
     def replace(self, number: int) -> None:
         self.processes[number].kill()
-        self.processes[number].wait(10)
+        self.processes[number].wait(30)
         self.processes[number] = self._start(number)
 
     def end(self) -> list[int]:
@@ -51,7 +51,7 @@ def workers(url: str, count: int) -> Iterator[Workers]:
     finally:
         for process in started.processes:
             process.kill()
-            process.wait(10)
+            process.wait(30)
 
 
 @pytest.mark.slow

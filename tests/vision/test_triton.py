@@ -64,7 +64,7 @@ def metric(triton: TritonServer, name: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
-async def eventually(holds: Callable[[], bool], seconds: float = 20) -> None:
+async def eventually(holds: Callable[[], bool], seconds: float = 30) -> None:
     async with asyncio.timeout(seconds):
         while not await asyncio.to_thread(holds):
             await asyncio.sleep(0.05)
@@ -419,8 +419,9 @@ async def test_without_redis_the_tokens_come_inline(
 
         assert not (await encode_one(60)).is_published
         redis.start()
-        await asyncio.sleep(1.1)  # the store looks for Redis once a second
-        assert (await encode_one(61)).is_published
+        async with asyncio.timeout(20):  # the store looks for Redis once a second
+            while not (await encode_one(61)).is_published:
+                await asyncio.sleep(0.2)
         redis.stop()
         assert not (await encode_one(62)).is_published
 
@@ -429,7 +430,7 @@ async def test_without_redis_the_tokens_come_inline(
         started = time.perf_counter()
         with pytest.raises(Unavailable):
             await encode_one(63)
-        assert time.perf_counter() - started < 2
+        assert time.perf_counter() - started < 10  # the call had 30 s
         assert not await client.ready()
         await eventually(lambda: not any(child.is_running() for child in children))
         clean_shared_memory(triton.shm_prefix)
@@ -460,10 +461,10 @@ async def test_a_killed_backend_takes_the_server_along_and_open_calls_end_at_onc
         await eventually(lambda: metric(triton, "nvila_vision_pending_tiles") > 0)
         children = psutil.Process(triton.pid).children(recursive=True)
         next(child for child in children if "stub" in child.name()).kill()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(15):  # the calls had 30 s
             ended = await asyncio.gather(*calls, return_exceptions=True)
         assert all(isinstance(end, Unavailable) for end in ended)
-        assert triton.wait(5) != 0
+        assert triton.wait(30) != 0
         await eventually(lambda: not any(child.is_running() for child in children))
         await client.close()
     finally:
@@ -471,7 +472,7 @@ async def test_a_killed_backend_takes_the_server_along_and_open_calls_end_at_onc
 
 
 async def eventually_ready(client: VisionClient) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(30):
         while not await client.ready():
             await asyncio.sleep(0.05)
 
