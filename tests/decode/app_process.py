@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import os
 import re
 import socket
@@ -15,6 +17,7 @@ import psutil
 
 from nvila.cache.codec import RecordFormat
 from nvila.decode.client import DecodeClient
+from nvila.errors import Unavailable
 from nvila.types import ModelCard
 
 START_TIMEOUT_S = 180
@@ -56,11 +59,13 @@ class DecodeApp:
         client = DecodeClient(self.target)
         give_up = time.monotonic() + START_TIMEOUT_S
         try:
-            while b" ready" not in self.log.read_bytes():
+            while True:
+                if b" ready" in self.log.read_bytes():
+                    with contextlib.suppress(Unavailable):  # the word may be another's than the application's
+                        return await client.describe(timeout_s=30)
                 assert self._process.poll() is None, f"the application ended:\n{self.log.read_text()[-4000:]}"
                 assert time.monotonic() < give_up, f"not ready in time:\n{self.log.read_text()[-4000:]}"
-                time.sleep(0.2)
-            return await client.describe(timeout_s=30)
+                await asyncio.sleep(0.2)
         finally:
             await client.close()
 
