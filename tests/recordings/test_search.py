@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from nvila.errors import InvalidRequest, NotFound
 from nvila.recordings.search import SimilaritySearch
-from nvila.recordings.types import RecordedChunk, Recording, RecordingState
+from nvila.recordings.types import Recording, RecordingState
 from nvila.types import RecordingWindow
 from tests.recordings import made
 from tests.recordings.asked import chunk_of
@@ -39,6 +39,7 @@ class Rows:
         self.chunks_ = chunks
         self.reads = 0
         self.without: set[int] = set()
+        self.newer = 0  # chunks that are written between the look at spans and the look at vectors
 
     async def get(self, recording_id: str, *, tenant: str) -> Recording:
         if (recording_id, tenant) != (self.recording.id, "acme"):
@@ -56,11 +57,12 @@ class Rows:
             if number not in self.without
         ]
 
-    async def chunks(
+    async def spans(
         self, recording_id: str, *, start_s: float | None = None, end_s: float | None = None
-    ) -> Sequence[RecordedChunk]:
-        every = [chunk_of(recording_id, number) for number in range(self.chunks_)]
-        return [one for one in every if one.end_s > (start_s or 0) and one.start_s < (end_s or np.inf)]
+    ) -> Sequence[tuple[int, float, float]]:
+        every = [chunk_of(recording_id, number) for number in range(self.chunks_ - self.newer)]
+        inside = [one for one in every if one.end_s > (start_s or 0) and one.start_s < (end_s or np.inf)]
+        return [(one.number, one.start_s, one.end_s) for one in inside]
 
 
 class Words:
@@ -120,8 +122,8 @@ async def test_new_chunks_are_added_and_old_ones_are_not_read_again() -> None:
 
 async def test_indexes_are_a_cache_that_may_be_thrown_away() -> None:
     first, second = Rows(20), Rows(20)
-    search = searching(first, most_indexes=1)
-    both = SimilaritySearch(Both(first, second), Words(), most_indexes=1)
+    search = searching(first, most_bytes=1)
+    both = SimilaritySearch(Both(first, second), Words(), most_bytes=1)
     for rows in (first, second, first):
         assert (await both.most_like("7", window(rows), "acme", 1))[0].chunk == 7
     assert first.reads == 40
@@ -140,10 +142,17 @@ class Both(Rows):
     ) -> Sequence[tuple[int, bytes]]:
         return await self._rows[recording_id].vectors(recording_id, after=after)
 
-    async def chunks(
+    async def spans(
         self, recording_id: str, *, start_s: float | None = None, end_s: float | None = None
-    ) -> Sequence[RecordedChunk]:
-        return await self._rows[recording_id].chunks(recording_id, start_s=start_s, end_s=end_s)
+    ) -> Sequence[tuple[int, float, float]]:
+        return await self._rows[recording_id].spans(recording_id, start_s=start_s, end_s=end_s)
+
+
+async def test_a_chunk_that_is_written_meanwhile_is_not_of_this_search() -> None:
+    rows = Rows(10)
+    rows.without, rows.newer = {0, 1}, 1
+    found = await searching(rows).most_like("9", window(rows), "acme", 10)
+    assert sorted(hit.chunk for hit in found) == list(range(2, 9))
 
 
 async def test_another_tenants_recording_is_not_searched() -> None:

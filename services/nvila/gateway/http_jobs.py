@@ -128,7 +128,8 @@ def _add_resource(app: FastAPI) -> None:
         state: JobState | None = None,
         recording: str | None = None,
     ) -> JobList:
-        """The jobs of this key's tenant, newest first."""
+        """The jobs of this key's tenant, newest first, without their results: ask for one of them, or for its
+        `/results`."""
         page = await services.recordings.jobs.list(
             tenant=tenant, limit=limit, cursor=cursor, kind=kind, state=state, recording_id=recording
         )

@@ -27,7 +27,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Row, and_, delete, func, or_, select, update
+from sqlalchemy import Row, and_, delete, func, literal, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from nvila.errors import Conflict, NotFound, NvilaError
@@ -159,9 +159,11 @@ class JobStore:
         state: JobState | None = None,
         recording_id: str | None = None,
     ) -> Page[Job]:
-        """Newest first. `cursor`: of the page before; one that is not ours raises `InvalidRequest`."""
+        """Newest first, without their results, which may be megabytes each. `cursor`: of the page before; one that is
+        not ours raises `InvalidRequest`."""
         table = schema.jobs
-        query = select(table).where(table.c.tenant == tenant)
+        told = [column for column in table.c if column.name != "result"]
+        query = select(*told, literal(None).label("result")).where(table.c.tenant == tenant)
         if kind is not None:
             query = query.where(table.c.kind == kind)
         if state is not None:

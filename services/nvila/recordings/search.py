@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -22,11 +22,12 @@ from numpy.typing import NDArray
 from usearch.index import Index, Matches
 
 from nvila.errors import InvalidRequest
-from nvila.recordings.types import RecordedChunk, Recording
+from nvila.recordings.types import Recording
 from nvila.types import RecordingWindow
 
-MOST_INDEXES = 32
-"""Recordings whose index is kept: a day of chunks of 32 s in 3,584 channels is 39 MB as float32."""
+MOST_BYTES = 1 << 30
+"""Of indexes that are kept, and the vectors in them: a day of chunks of 32 s in 3,584 channels is 77 MB, twice float32.
+The one that was asked last is kept whatever its size."""
 
 
 class Embedder(Protocol):
@@ -42,9 +43,9 @@ class Vectors(Protocol):
     async def vectors(
         self, recording_id: str, *, start_s: float | None = None, end_s: float | None = None, after: int | None = None
     ) -> Sequence[tuple[int, bytes]]: ...
-    async def chunks(
+    async def spans(
         self, recording_id: str, *, start_s: float | None = None, end_s: float | None = None
-    ) -> Sequence[RecordedChunk]: ...
+    ) -> Sequence[tuple[int, float, float]]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,10 +68,10 @@ class Relevance(Protocol):
 class SimilaritySearch:
     """Finds chunks like a text. One per process."""
 
-    def __init__(self, vectors: Vectors, embedder: Embedder, *, most_indexes: int = MOST_INDEXES) -> None:
+    def __init__(self, vectors: Vectors, embedder: Embedder, *, most_bytes: int = MOST_BYTES) -> None:
         self._vectors = vectors
         self._embedder = embedder
-        self._most_indexes = most_indexes
+        self._most_bytes = most_bytes
         self._indexes: OrderedDict[str, RecordingIndex] = OrderedDict()
 
     async def most_like(self, text: str, window: RecordingWindow, tenant: str, count: int) -> Sequence[Hit]:
@@ -79,25 +80,28 @@ class SimilaritySearch:
         Raises `NotFound` for another tenant's recording, `InvalidRequest` when no chunk of the window has a vector.
         """
         await self._vectors.get(window.recording_id, tenant=tenant)
-        chunks = await self._vectors.chunks(window.recording_id, start_s=window.start_s, end_s=window.end_s)
+        spans = await self._vectors.spans(window.recording_id, start_s=window.start_s, end_s=window.end_s)
+        by_number = {number: (start_s, end_s) for number, start_s, end_s in spans}
         index = self._indexes.pop(window.recording_id, None) or RecordingIndex()
         self._indexes[window.recording_id] = index
-        while len(self._indexes) > self._most_indexes:
-            self._indexes.popitem(last=False)
         async with index.turn:
             rows = await self._vectors.vectors(window.recording_id, after=index.last)
             await asyncio.to_thread(index.add, rows)
             asked_D = await self._embedder.embed(text)
-            found = await asyncio.to_thread(index.search, asked_D, [chunk.number for chunk in chunks], count)
+            found = await asyncio.to_thread(index.search, asked_D, by_number, count)
+        self._forget_old()
         if not found:
             raise InvalidRequest(
                 "the window's chunks have no vectors to compare a question with", param="relevant_chunks"
             )
-        by_number: Mapping[int, RecordedChunk] = {chunk.number: chunk for chunk in chunks}
         return [
-            Hit(chunk=number, start_s=by_number[number].start_s, end_s=by_number[number].end_s, likeness=likeness)
+            Hit(chunk=number, start_s=by_number[number][0], end_s=by_number[number][1], likeness=likeness)
             for number, likeness in found
         ]
+
+    def _forget_old(self) -> None:
+        while len(self._indexes) > 1 and sum(index.size_bytes for index in self._indexes.values()) > self._most_bytes:
+            self._indexes.popitem(last=False)
 
 
 class RecordingIndex:
@@ -112,6 +116,11 @@ class RecordingIndex:
         self._index: Index | None = None
         self._mean_D: NDArray[np.float32] | None = None
         self._centred_at = 0
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the vectors, here and in the index."""
+        return 0 if self._raw_ND is None else 2 * self._raw_ND.nbytes
 
     def add(self, rows: Sequence[tuple[int, bytes]]) -> None:
         if not rows:
@@ -129,7 +138,7 @@ class RecordingIndex:
         else:
             self._index.add(np.array([number for number, _ in rows], np.uint64), new_ND - self._mean_D)
 
-    def search(self, asked_D: NDArray[np.float32], numbers: Sequence[int], count: int) -> list[tuple[int, float]]:
+    def search(self, asked_D: NDArray[np.float32], numbers: Collection[int], count: int) -> list[tuple[int, float]]:
         """(number, cosine) of the likest of these chunks."""
         if self._index is None or self._raw_ND is None or self._mean_D is None:
             return []
@@ -140,7 +149,7 @@ class RecordingIndex:
                 param="relevant_chunks",
             )
         allowed = set(numbers)
-        if len(allowed) < len(self._numbers):  # a part of the recording: every vector of it, exactly
+        if not allowed.issuperset(self._numbers):  # a part of the recording: every vector of it, exactly
             places = [place for place, number in enumerate(self._numbers) if number in allowed]
             return self._exactly(asked_D, places, count)
         found = self._index.search(asked_D, min(count, len(self._numbers)))

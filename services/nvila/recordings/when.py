@@ -8,6 +8,7 @@ model without them gives the whole chunk. Intervals that touch across chunks are
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -110,7 +111,13 @@ def intervals_of(chunks: Sequence[Mapping[str, Any]], asked: Asked) -> list[dict
     Two are one when they are of neighbouring chunks, at most a tenth of a chunk apart, and no gap lies between.
     """
     found: list[dict[str, Any]] = []
-    gaps = asked.gaps()
+    gaps = asked.gaps()  # in order, apart from each other
+    gap_ends_s = [gap["end_s"] for gap in gaps]
+
+    def is_gap_between(start_s: float, end_s: float) -> bool:
+        first = bisect_right(gap_ends_s, start_s)
+        return first < len(gaps) and bool(gaps[first]["start_s"] < end_s)
+
     for chunk in chunks:
         if not chunk.get("happens"):
             continue
@@ -121,7 +128,7 @@ def intervals_of(chunks: Sequence[Mapping[str, Any]], asked: Asked) -> list[dict
             last is not None
             and last["chunks"][1] == chunk["chunk"] - 1
             and from_s - last["end_s"] <= slack_s
-            and not any(gap["start_s"] < from_s and gap["end_s"] > last["end_s"] for gap in gaps)
+            and not is_gap_between(last["end_s"], from_s)
         ):
             last["end_s"] = max(last["end_s"], to_s)
             last["chunks"][1] = chunk["chunk"]

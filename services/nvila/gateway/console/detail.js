@@ -18,6 +18,7 @@ const COUNTERS = {
   bytes_cold: "stored, MB",
 };
 const NO_GAPS = "[]";
+const MOST_LINES = 200;
 
 export class Detail {
   constructor(place, recording, { gone, trouble, say }) {
@@ -104,7 +105,7 @@ export class Detail {
     if (gaps !== this.seenGaps) {
       this.seenGaps = gaps;
       this.$(".gaps").hidden = !coverage.gaps.length;
-      this.$(".gaps ol").replaceChildren(...coverage.gaps.map((gap) => this.line(gap, gap.reason)));
+      this.fill(this.$(".gaps ol"), coverage.gaps, (gap) => gap.reason);
     }
     const chunks = await this.sample(coverage.chunks, signal);
     await this.timeline.setChunks(chunks);
@@ -142,14 +143,30 @@ export class Detail {
   async lastTimeline(signal) {
     if (this.hasEvents) return;
     const jobs = await get(`/v1/jobs?recording=${this.recording.id}&state=done&kind=timeline&limit=1`, { signal });
-    if (jobs.data[0]?.result?.events?.length) this.showEvents(jobs.data[0].result.events);
+    if (!jobs.data.length) return;
+    const { result } = await get(`/v1/jobs/${jobs.data[0].id}`, { signal });
+    if (result?.events?.length) this.showEvents(result.events);
   }
 
   showEvents(events) {
     this.hasEvents = true;
     this.timeline.setEvents(events);
     this.$(".events").hidden = !events.length;
-    this.$(".events ol").replaceChildren(...events.map((event) => this.line(event, event.label ?? event.text ?? "")));
+    this.fill(this.$(".events ol"), events, (event) => event.label ?? event.text ?? "");
+  }
+
+  // The first of them, and the rest when it is asked for.
+  fill(list, found, text) {
+    const lines = (some) => some.map((one) => this.line(one, text(one)));
+    list.replaceChildren(...lines(found.slice(0, MOST_LINES)));
+    if (found.length <= MOST_LINES) return;
+    const more = document.createElement("li");
+    const button = element("button", `Show ${(found.length - MOST_LINES).toLocaleString()} more`);
+    button.type = "button";
+    button.className = "time";
+    button.addEventListener("click", () => list.replaceChildren(...lines(found)));
+    more.append(button);
+    list.append(more);
   }
 
   line({ start_s, end_s }, text) {

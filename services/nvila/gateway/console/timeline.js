@@ -102,10 +102,23 @@ export class Timeline {
       return made;
     };
     this.$(".marks").replaceChildren(
-      ...this.still.map((one) => mark("static", one, "still scene")),
-      ...this.gaps.map((one) => mark("gap", one, `gap: ${one.reason}`)),
+      ...this.joined(this.still).map((one) => mark("static", one, "still scene")),
+      ...this.joined(this.gaps).map((one) => mark("gap", one, `gap: ${one.reason}`)),
       ...this.events.map((one) => mark("event", one, one.label ?? one.text ?? "event")),
     );
+  }
+
+  // Stretches that would lie on the same pixel are drawn as one, so that a month has no more marks than an hour.
+  joined(stretches) {
+    const pixel = this.lengthS / (this.track.clientWidth || 1000);
+    const found = [];
+    for (const one of stretches) {
+      const last = found.at(-1);
+      const isSame = one.reason === last?.reason || one.end_s - one.start_s < pixel;
+      if (last && isSame && one.start_s - last.end_s < pixel) last.end_s = Math.max(last.end_s, one.end_s);
+      else found.push({ ...one });
+    }
+    return found;
   }
 
   drawScale() {
