@@ -77,7 +77,8 @@ class MediaSource:
     """One media part of a question: where it is to be had. Exactly one of `url`, `file_id` and `recording` is set.
 
     `url` is http(s) or `data:`. `sampling` is for videos only; a recording was sampled when it was ingested. `param`:
-    the part of the request that brought it, for messages about it.
+    the part of the request that brought it, for messages about it. `credentials`: user:password for the host of `url`,
+    and for no other that it redirects to.
     """
 
     kind: MediaKind
@@ -86,6 +87,7 @@ class MediaSource:
     recording: RecordingWindow | None = None
     param: str | None = None
     sampling: VideoSampling = field(default_factory=VideoSampling)
+    credentials: str | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         given = [one for one in (self.url, self.file_id, self.recording) if one is not None]

@@ -274,6 +274,27 @@ def test_rules_that_are_none_are_refused(rule: str) -> None:
 # -- redirects
 
 
+async def test_credentials_are_shown_to_their_own_host_only(tmp_path: Path) -> None:
+    heads: list[bytes] = []
+
+    async def handler(head: bytes, writer: asyncio.StreamWriter) -> None:
+        heads.append(head)
+        there = f"http://other.example:{port}/c"
+        writer.write(_to("/b") if b"GET /a " in head else _to(there) if b"GET /b " in head else _ok(b"here"))
+
+    async with _server(handler) as port:
+        names = Names(own_example=[["127.0.0.1"]], other_example=[["127.0.0.1"]])
+        async with _fetching(tmp_path, allow=["own.example", "other.example"], names=names) as fetcher:
+            source = MediaSource(
+                kind=MediaKind.VIDEO, url=f"http://own.example:{port}/a", credentials="guard:open:sésame"
+            )
+            async with fetcher.open(source, "acme", Deadline.after(20)) as media:
+                assert media.path.read_bytes() == b"here"
+    shown = base64.b64encode("guard:open:sésame".encode())
+    assert [b"Authorization: Basic " + shown in head for head in heads] == [True, True, False]
+    assert "sésame" not in repr(source)
+
+
 async def test_redirects_are_followed_relative_ones_too_with_the_right_host_header(tmp_path: Path) -> None:
     heads: list[bytes] = []
 

@@ -92,6 +92,16 @@ async def test_a_recording_is_made_with_its_job_and_told_without_its_password(tm
     assert "sesame" not in listed.text
 
 
+@pytest.mark.parametrize("url", ["s3://key:hush@bucket/a.mp4", "gs://bucket/a.mp4"])
+async def test_an_object_store_is_not_asked_with_a_clients_password(tmp_path: Path, url: str) -> None:
+    source = {"type": "url", "url": url} | ({} if "@" in url else {"username": "key", "password": "hush"})
+    async with serving(tmp_path) as gateway:
+        refused = await gateway.client.post("/v1/recordings", json={"source": source}, headers=BEARER)
+    assert refused.status_code == 422
+    assert "read with the service's own credentials" in refused.json()["error"]["message"]
+    assert "hush" not in refused.text
+
+
 async def test_the_same_key_gives_the_same_recording_and_another_request_with_it_is_refused(tmp_path: Path) -> None:
     async with serving(tmp_path) as gateway:
         first = await _add(gateway, key="once")

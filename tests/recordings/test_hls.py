@@ -12,6 +12,7 @@ import pytest
 
 from nvila.errors import ForbiddenURL, InvalidMedia, UnsupportedMedia
 from nvila.recordings.hls import HlsReader, Playlist, parse_playlist
+from nvila.recordings.seal import Seal
 from nvila.recordings.sources import Away, Ended, Footage
 from nvila.recordings.types import Recording, Source, SourceKind
 from nvila.types import Deadline, MediaSource
@@ -28,11 +29,13 @@ class Web:
         self._folder = folder
         self.pages: dict[str, bytes] = {}
         self.asked: list[str] = []
+        self.shown: dict[str, str | None] = {}
 
     @asynccontextmanager
     async def open(self, source: MediaSource, tenant: str, deadline: Deadline) -> AsyncIterator[Local]:
         assert source.url is not None
         self.asked.append(source.url)
+        self.shown[source.url] = source.credentials
         if "inside" in source.url:
             raise ForbiddenURL("the media address does not lead to a public host")
         if source.url not in self.pages:
@@ -160,3 +163,20 @@ async def test_a_fragmented_segment_gets_its_head(web: Web, tmp_path: Path) -> N
         assert isinstance(event, Footage)
         assert event.path.read_bytes() == b"head body"
         assert event.path.suffix == ".mp4"
+
+
+async def test_credentials_are_shown_to_the_playlists_own_host_only(web: Web, tmp_path: Path) -> None:
+    elsewhere = "https://other.example/2.ts"
+    listed = playlist(1, 2, end=True).replace(b"2.ts", elsewhere.encode())
+    web.pages = {_BASE: listed, "https://cdn.example/live/1.ts": b"1", elsewhere: b"2"}
+    seal = Seal(["c2VhbHMgd2hhdCB0ZXN0cyBrZWVwIHNlY3JldC4uLi4="])
+    theirs = replace(recording(), source=Source(kind=SourceKind.HLS, url=_BASE, secret=seal.close("guard:sesame")))
+    async with asyncio.timeout(30), aclosing(HlsReader(web, tmp_path / "hls", seal).events(theirs)) as events:
+        async for event in events:
+            if isinstance(event, Footage):
+                assert event.can_wait, "the whole list is there"
+    assert web.shown == {
+        _BASE: "guard:sesame",
+        "https://cdn.example/live/1.ts": "guard:sesame",
+        elsewhere: None,
+    }

@@ -89,7 +89,7 @@ class MediaFetcher:
                 spooled = await spool.finish()
                 self._count("data", spooled.size_bytes)
             else:
-                spooled = await self._fetch(source.url, spool, deadline)
+                spooled = await self._fetch(source.url, source.credentials, spool, deadline)
                 self._count("url", spooled.size_bytes)
             if not spooled.size_bytes:
                 raise InvalidMedia("the media is empty: 0 bytes", param="url")
@@ -101,11 +101,11 @@ class MediaFetcher:
     def _count(self, source: str, size_bytes: int) -> None:
         self._metrics.add(names.MEDIA_BYTES, size_bytes, source=source)
 
-    async def _fetch(self, address: str, spool: Spool, deadline: Deadline) -> Spooled:
+    async def _fetch(self, address: str, credentials: str | None, spool: Spool, deadline: Deadline) -> Spooled:
         left_s = deadline.left_s()
         try:
             async with asyncio.timeout(min(left_s, self._limits.timeout_s)):
-                await self._follow(parse_url(address), spool)
+                await self._follow(parse_url(address), credentials, spool)
                 return await spool.finish()
         except (TimeoutError, httpcore.TimeoutException):
             deadline.left_s()
@@ -119,9 +119,11 @@ class MediaFetcher:
                 "the media could not be fetched: the connection failed or broke off", param="url"
             ) from None
 
-    async def _follow(self, url: httpx.URL, spool: Spool) -> None:
+    async def _follow(self, url: httpx.URL, credentials: str | None, spool: Spool) -> None:
+        origin = (url.raw_scheme, url.raw_host, url.port)
         for _ in range(self._limits.redirects + 1):
-            location = await self._get(url, spool)
+            is_theirs = (url.raw_scheme, url.raw_host, url.port) == origin
+            location = await self._get(url, credentials if is_theirs else None, spool)
             if location is None:
                 return
             target = parse_url(str(_joined(url, location)))
@@ -130,7 +132,7 @@ class MediaFetcher:
             url = target
         raise InvalidMedia(f"the media address redirects more than {self._limits.redirects} times", param="url")
 
-    async def _get(self, url: httpx.URL, spool: Spool) -> str | None:
+    async def _get(self, url: httpx.URL, credentials: str | None, spool: Spool) -> str | None:
         """Write the body to `spool`; or the address that the host redirects to."""
         timeouts = {
             "connect": self._limits.connect_timeout_s,
@@ -143,6 +145,8 @@ class MediaFetcher:
             (b"Accept-Encoding", b"identity"),
             (b"User-Agent", b"nvila"),
         ]
+        if credentials is not None:  # RFC 7617
+            headers.append((b"Authorization", b"Basic " + base64.b64encode(credentials.encode())))
         target = httpcore.URL(scheme=url.raw_scheme, host=url.raw_host, port=url.port, target=url.raw_path)
         async with self._pool.stream("GET", target, headers=headers, extensions={"timeout": timeouts}) as response:
             found = {name.lower(): value for name, value in response.headers}

@@ -45,6 +45,7 @@ _SCHEMES = {
     SourceKind.HLS: ("http", "https"),
     SourceKind.RTSP: ("rtsp", "rtsps"),
 }
+_WITH_CREDENTIALS = ("http", "https", "rtsp", "rtsps")
 _LONGEST_URL = 2048
 _LONGEST_NAME = 256
 _MOST_METADATA = 16
@@ -429,6 +430,11 @@ def _address(new: NewRecording) -> tuple[Source, str]:
     user = new.username if new.username is not None else unquote(parts.username or "")
     password = new.password if new.password is not None else unquote(parts.password or "")
     secret = f"{user}:{password}" if user or password else None
+    if secret is not None and parts.scheme not in _WITH_CREDENTIALS:
+        raise InvalidRequest(
+            f"source: user and password given for {parts.scheme}://, which is read with the service's own credentials",
+            param="source.username",
+        )
     return Source(kind=new.kind, url=bare, secret=secret), f"{host}{parts.path}".rstrip("/")
 
 

@@ -192,12 +192,12 @@ async def _open(settings: RecordingsSettings, metrics: Metrics, health: Health, 
         JobKind.INGEST: IngestHandler(
             shelf=shelf,
             cold=cold,
-            files=FileSources(fetcher, stores=settings.source_stores, most_bytes=settings.max_source_bytes),
+            files=FileSources(fetcher, seal, stores=settings.source_stores, most_bytes=settings.max_source_bytes),
             live=LiveSources(
                 {
                     SourceKind.PUSH: PushedReader(inbox),
                     SourceKind.RTSP: cameras,
-                    SourceKind.HLS: HlsReader(fetcher, scratch.new_path()),
+                    SourceKind.HLS: HlsReader(fetcher, scratch.new_path(), seal),
                 }
             ),
             frames=pool,

@@ -20,9 +20,10 @@ from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from urllib.parse import urljoin
+from urllib.parse import urljoin, urlsplit
 
 from nvila.errors import InvalidMedia, NotFound, Overloaded, Unavailable, UnsupportedMedia
+from nvila.recordings.seal import Seal
 from nvila.recordings.sources import Away, Ended, Fetcher, Footage, LiveEvent
 from nvila.recordings.types import Recording
 from nvila.types import Deadline, MediaKind, MediaSource
@@ -154,6 +155,7 @@ class HlsReader:
         self,
         fetcher: Fetcher,
         folder: Path,
+        seal: Seal | None = None,
         *,
         first_pause_s: float = _FIRST_PAUSE_S,
         clock: Callable[[], float] = time.time,
@@ -161,12 +163,14 @@ class HlsReader:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._fetcher = fetcher
         self._folder = folder
+        self._seal = seal or Seal()
         self._first_pause_s = first_pause_s
         self._clock = clock
 
     async def events(self, recording: Recording) -> AsyncGenerator[LiveEvent, None]:
         assert recording.source.url is not None, "checked where recordings are made"
-        reading = _Reading(self._fetcher, self._folder / secrets.token_hex(8), recording, self._clock)
+        secret = self._seal.open(recording.source.secret) if recording.source.secret else None
+        reading = _Reading(self._fetcher, self._folder / secrets.token_hex(8), recording, secret, self._clock)
         pause_s, is_new = self._first_pause_s, True
         try:
             while True:
@@ -192,12 +196,15 @@ class HlsReader:
 class _Reading:
     """One playlist, and how far it is read."""
 
-    def __init__(self, fetcher: Fetcher, folder: Path, recording: Recording, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, fetcher: Fetcher, folder: Path, recording: Recording, secret: str | None, clock: Callable[[], float]
+    ) -> None:
         folder.mkdir(mode=0o700)
         self._fetcher = fetcher
         self._folder = folder
         self._tenant = recording.tenant
         self._url = recording.source.url or ""
+        self._secret = secret
         self._clock = clock
         self._next: int | None = None
         self._next_at = 0.0
@@ -244,7 +251,7 @@ class _Reading:
 
     async def _fetch(self, segment: HlsSegment) -> Path:
         path = self._folder / f"{segment.number}{'.mp4' if segment.map_url else '.ts'}"
-        wanted = MediaSource(kind=MediaKind.VIDEO, url=segment.url)
+        wanted = self._source(segment.url)
         if segment.map_url and segment.map_url not in self._maps:
             self._maps = {segment.map_url: await self._bytes(segment.map_url, _MOST_PLAYLIST_BYTES)}
         async with self._fetcher.open(wanted, self._tenant, Deadline.after(_FETCH_S)) as media:
@@ -254,10 +261,13 @@ class _Reading:
             await asyncio.to_thread(_join, self._maps[segment.map_url], media.path, path)
         return path
 
+    def _source(self, url: str) -> MediaSource:
+        """The playlist may name other hosts; they are shown no credentials."""
+        is_theirs = urlsplit(url)[:2] == urlsplit(self._url)[:2]
+        return MediaSource(kind=MediaKind.VIDEO, url=url, credentials=self._secret if is_theirs else None)
+
     async def _bytes(self, url: str, most: int) -> bytes:
-        async with self._fetcher.open(
-            MediaSource(kind=MediaKind.VIDEO, url=url), self._tenant, Deadline.after(_FETCH_S)
-        ) as media:
+        async with self._fetcher.open(self._source(url), self._tenant, Deadline.after(_FETCH_S)) as media:
             if media.size_bytes > most:
                 raise InvalidMedia(f"an HLS playlist of {media.size_bytes:,} bytes, at most {most:,} are read")
             return await asyncio.to_thread(media.path.read_bytes)

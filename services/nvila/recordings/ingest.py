@@ -18,7 +18,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
 from contextlib import AsyncExitStack, aclosing, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -243,15 +243,8 @@ class _LiveIngest:
         ingest.wait_out = self._wait_out
 
     async def run(self) -> None:
-        left_s = self._services._limits.footage_s + _SLACK_S
-        before = await self._services._shelf.segments(
-            self._recording.id, start_s=max(0.0, (self._recording.duration_s or 0.0) - left_s)
-        )
-        self._kept.extend(before)
-        if before:
-            self._next_segment = before[-1].number + 1
-            self._reach_s = max(segment.start_s + segment.duration_s for segment in before)
         try:
+            before = await self._before()
             async with asyncio.TaskGroup() as tasks:
                 feeder = tasks.create_task(self._feed())
                 first = await self._ingest.patiently(lambda: self._services.go_on(self._ingest))
@@ -274,6 +267,16 @@ class _LiveIngest:
             error_code="",
             error="",
         )
+
+    async def _before(self) -> Sequence[Segment]:
+        """What workers before have kept, as far as its files may still be there."""
+        reach_s, kept_s = self._recording.duration_s or 0.0, self._services._limits.footage_s + _SLACK_S
+        before = await self._services._shelf.segments(self._recording.id, start_s=max(0.0, reach_s - kept_s))
+        self._kept.extend(before)
+        if before:
+            self._next_segment = before[-1].number + 1
+            self._reach_s = max(segment.start_s + segment.duration_s for segment in before)
+        return before
 
     async def _wait_out(self, error: NvilaError) -> None:
         """Something is away that ingest needs. What comes from the source meanwhile is kept, and waits."""

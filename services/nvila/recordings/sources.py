@@ -25,6 +25,7 @@ from blake3 import blake3
 
 from nvila.errors import ForbiddenURL, InvalidMedia, InvalidRequest, LimitExceeded, NvilaError
 from nvila.recordings.inbox import Inbox, Piece
+from nvila.recordings.seal import Seal
 from nvila.recordings.types import Recording, Source, SourceKind
 from nvila.types import Deadline, MediaKind, MediaSource
 
@@ -93,8 +94,11 @@ class FileSources:
     objects; they are opened with this process's credentials, so none unless the operator says so. `most_bytes`: of one
     object."""
 
-    def __init__(self, fetcher: Fetcher, *, stores: Sequence[str] = (), most_bytes: int = 64 << 30) -> None:
+    def __init__(
+        self, fetcher: Fetcher, seal: Seal | None = None, *, stores: Sequence[str] = (), most_bytes: int = 64 << 30
+    ) -> None:
         self._fetcher = fetcher
+        self._seal = seal or Seal()
         self._stores = tuple(stores)
         self._most_bytes = most_bytes
 
@@ -106,7 +110,9 @@ class FileSources:
             return self._fetcher.open(wanted, tenant, deadline)
         assert source.url is not None, "checked where recordings are made"
         if urlsplit(source.url).scheme.lower() in ("http", "https"):
-            return self._fetcher.open(MediaSource(kind=MediaKind.VIDEO, url=source.url), tenant, deadline)
+            credentials = self._seal.open(source.secret) if source.secret else None
+            wanted = MediaSource(kind=MediaKind.VIDEO, url=source.url, credentials=credentials)
+            return self._fetcher.open(wanted, tenant, deadline)
         return self._from_store(source.url, deadline)
 
     @asynccontextmanager
