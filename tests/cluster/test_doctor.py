@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
+from nvila.cli import cluster_doctor
 from nvila.cli.cluster_doctor import CHECKS
 from tests.cluster import made
 from tests.cluster.conftest import Run
@@ -92,6 +95,27 @@ def test_an_expired_token_ends_the_examination_with_its_own_exit_status(nvila: R
     (found,) = outcome.json["findings"]
     assert "refuses the credentials of context test" in found["what"]
     assert "log in again" in found["mend"]
+
+
+def test_a_slow_watch_is_named(nvila: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster_doctor, "WATCH_S", 1.0)
+    state = made.installed()
+    state.watch_delay_s = 30.0
+    began_s = time.monotonic()
+    outcome = nvila(state, "doctor", "--json")
+
+    found = outcome.finding("a watch of pods says nothing")
+    assert found["level"] == "warn"
+    assert "NO_PROXY" in found["mend"]
+    assert outcome.finding("vision: 1 of 1 ready")
+    assert time.monotonic() - began_s < 20
+
+
+def test_the_right_to_watch_is_named_where_it_lacks(nvila: Run) -> None:
+    state = made.empty()
+    state.forbidden = {("watch", "pods")}
+
+    assert "--verb=watch --resource=pods" in nvila(state, "doctor", "--json").finding("watch pods")["mend"]
 
 
 def test_a_server_that_is_down_is_named(nvila: Run) -> None:

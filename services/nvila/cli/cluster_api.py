@@ -206,6 +206,23 @@ class Cluster:
         finally:
             answer.release_conn()
 
+    def watch_answers(self, path: str, version: str, within_s: float) -> bool:
+        """Whether a watch that is to last one second says something, or ends, in time."""
+        query = {"watch": "true", "allowWatchBookmarks": "true", "resourceVersion": version, "timeoutSeconds": 1}
+        try:
+            answer = self._open("GET", path, query=query, read_s=within_s, is_watch=True)
+        except DeadlineExceeded:
+            return False
+        try:
+            next(_lines(answer), None)
+        except http.ReadTimeoutError:
+            return False
+        except http.ProtocolError:
+            return True  # a watch may break off at any time
+        finally:
+            answer.close()
+        return True
+
     # -- what the server knows
 
     def version(self) -> Json:

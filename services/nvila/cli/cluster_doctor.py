@@ -21,6 +21,10 @@ LEAST_DRIVER = 535
 """Major version of NVIDIA's driver. The images bring CUDA 12, which data-centre GPUs run from this branch on."""
 
 
+WATCH_S = 5.0
+"""A watch that is to last one second and says nothing for so long is slow."""
+
+
 class Level(StrEnum):
     OK = "ok"
     NOTE = "note"
@@ -381,6 +385,22 @@ def _policies(cluster: Cluster, intent: Intent) -> Iterator[Finding]:
         yield Finding(check="policies", level=Level.OK, what="no policy denies everything by default")
 
 
+def _watches(cluster: Cluster, intent: Intent) -> Iterator[Finding]:
+    pods = f"/api/v1/namespaces/{cluster.namespace}/pods"
+    _, version = cluster.objects_and_version(pods)
+    if cluster.watch_answers(pods, version, WATCH_S):
+        yield Finding(check="watches", level=Level.OK, what="watches answer (nvila cluster wait, operators)")
+        return
+    yield Finding(
+        check="watches",
+        level=Level.WARN,
+        what=f"a watch of pods says nothing for {WATCH_S:.0f} s: something on the way to {cluster.server} holds "
+        "streams back, or the server is overloaded; `nvila cluster wait` reads everything again every few seconds instead",
+        mend=f"kubectl get pods -n {cluster.namespace} --watch -v=6 shows the same? Go around the proxy (NO_PROXY), or "
+        "let it pass streams unbuffered; else look at the load of the API server",
+    )
+
+
 def _denies_all(policy: Json) -> bool:
     spec = policy.get("spec") or {}
     selector = spec.get("podSelector") or {}
@@ -460,5 +480,6 @@ CHECKS: dict[str, Check] = {
     "storage": _storage,
     "quotas": _quotas,
     "policies": _policies,
+    "watches": _watches,
     "release": _release,
 }
