@@ -395,7 +395,8 @@ def _watches(cluster: Cluster, intent: Intent) -> Iterator[Finding]:
         check="watches",
         level=Level.WARN,
         what=f"a watch of pods says nothing for {WATCH_S:.0f} s: something on the way to {cluster.server} holds "
-        "streams back, or the server is overloaded; `nvila cluster wait` reads everything again every few seconds instead",
+        "streams back, or the server is overloaded; `nvila cluster wait` reads everything again every few seconds "
+        "instead",
         mend=f"kubectl get pods -n {cluster.namespace} --watch -v=6 shows the same? Go around the proxy (NO_PROXY), or "
         "let it pass streams unbuffered; else look at the load of the API server",
     )
