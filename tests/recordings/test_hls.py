@@ -180,3 +180,37 @@ async def test_credentials_are_shown_to_the_playlists_own_host_only(web: Web, tm
         "https://cdn.example/live/1.ts": "guard:sesame",
         elsewhere: None,
     }
+
+
+async def test_numbers_that_begin_anew_are_followed(web: Web, tmp_path: Path) -> None:
+    web.pages = {f"https://cdn.example/live/{n}.ts": b"%d" % n for n in range(120)}
+    web.pages[_BASE] = playlist(50, 2).replace(b"DURATION:2", b"DURATION:0.1")
+    got: list[bytes] = []
+    async with asyncio.timeout(30), aclosing(HlsReader(web, tmp_path / "hls").events(recording())) as events:
+        async for event in events:
+            if isinstance(event, Ended):
+                break
+            assert isinstance(event, Footage)
+            got.append(event.path.read_bytes())
+            if got == [b"50", b"51"]:
+                web.pages[_BASE] = playlist(0, 2, end=True)
+    assert got == [b"50", b"51", b"0", b"1"]
+
+
+async def test_a_playlist_that_does_not_grow_is_told_away_until_it_does(web: Web, tmp_path: Path) -> None:
+    clock = made.Clock()
+    web.pages = {f"https://cdn.example/live/{n}.ts": b"x" for n in range(9)}
+    web.pages[_BASE] = playlist(1, 1).replace(b"DURATION:2", b"DURATION:0.1")
+    reader = HlsReader(web, tmp_path / "hls", first_pause_s=0.01, clock=clock)
+    async with asyncio.timeout(30), aclosing(reader.events(recording())) as events:
+        assert isinstance(await anext(events), Footage)
+        clock.now += 31
+        gone = await anext(events)
+        assert isinstance(gone, Away)
+        assert "nothing new for 31 s" in gone.error.message
+        web.pages[_BASE] = playlist(2, 1)
+        event = await anext(events)
+        while isinstance(event, Away):
+            event = await anext(events)
+        assert isinstance(event, Footage)
+        assert event.is_new_session

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from nvila.errors import Unauthenticated, Unavailable
+from nvila.errors import InvalidMedia, Unauthenticated, Unavailable
 from nvila.recordings.camera import CameraLimits, CameraReader
 from nvila.recordings.chunks import FELL_BEHIND, IngestLimits
 from nvila.recordings.cold import ColdStore
@@ -429,6 +429,36 @@ async def test_what_was_pushed_while_no_worker_was_there_is_no_gap(
     chunks = await taking.shelf.chunks(recording_id)
     assert [chunk.number for chunk in chunks] == list(range(5))
     assert not [gap for chunk in chunks for gap in chunk.gaps]
+
+
+async def test_a_live_recording_begins_with_its_first_frame_whatever_was_said_before(
+    taking: Taking, show: Show, clock: Clock
+) -> None:
+    recording_id = await taking.submit(None, _POLICY, kind=SourceKind.RTSP)
+    claim = await taking.claim()
+    await claim.update_recording(captured_at=5.0)
+    work: asyncio.Future[object] = asyncio.ensure_future(taking.handler(clock)(claim))
+    show.away(until_s=0)
+    show.piece(0, 10, is_new=True)
+    show.end()
+    await work
+    recording = await taking.shelf.get(recording_id, tenant="acme")
+    assert recording.captured_at == 1_800_000_000.0
+    assert (recording.duration_s, recording.counters.chunks) == (10.0, 2)
+
+
+async def test_a_client_whose_clock_jumps_for_years_fails_its_recording(taking: Taking, tmp_path: Path) -> None:
+    inbox = Inbox(tmp_path)
+    taking.live = LiveSources({SourceKind.PUSH: PushedReader(inbox)})  # type: ignore[assignment]  # the real one
+    recording_id = await taking.submit(None, _POLICY, kind=SourceKind.PUSH)
+    push(inbox, recording_id, tmp_path, range(1))
+    with inbox.writing(recording_id) as writer:
+        writer.add(write_clip(tmp_path / "late.ts", 8.0).rename(writer.new_path()), "ts", 1_800_000_000.0 * 2)
+    with pytest.raises(InvalidMedia, match="days after what came before it"):
+        await taking.handler()(await taking.claim())
+    recording = await taking.shelf.get(recording_id, tenant="acme")
+    assert (recording.state, recording.duration_s) == (RecordingState.FAILED, 8.0)
+    assert recording.counters.chunks <= 1
 
 
 async def test_a_real_camera_with_a_drop_becomes_chunks_with_a_gap(taking: Taking, tmp_path: Path) -> None:

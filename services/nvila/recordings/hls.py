@@ -33,6 +33,7 @@ _MOST_SEGMENTS = 10_000
 _LEAST_SIDE_PX = 448
 """Of the variants, the smallest that gives the tower's tiles all they can show."""
 _FETCH_S = 60.0
+_STALLED_S = 30.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
 _ATTRIBUTE = re.compile(r'([A-Z0-9-]+)=("[^"]*"|[^,]*)')
 
@@ -208,6 +209,7 @@ class _Reading:
         self._clock = clock
         self._next: int | None = None
         self._next_at = 0.0
+        self._grew_at = clock()
         self._maps: dict[str, bytes] = {}
         self.target_s = 6.0
         self.is_ended = False
@@ -219,10 +221,19 @@ class _Reading:
         """What the playlist has that was not there before, in order."""
         playlist = await self._playlist()
         self.target_s = playlist.target_s
+        if self._next is not None and playlist.segments:
+            if playlist.segments[-1].number + len(playlist.segments) < self._next - 1:
+                self._next = None  # its numbers began anew, as after a restart of the encoder
+            elif playlist.segments[-1].number >= self._next or playlist.is_ended:
+                self._grew_at = self._clock()
+        stood_s = self._clock() - self._grew_at
+        if self._next is not None and stood_s > max(_STALLED_S, 3 * self.target_s):
+            raise Unavailable(f"the HLS playlist has named nothing new for {stood_s:.0f} s")
         if self._next is None:
             listed_s = sum(segment.duration_s for segment in playlist.segments)
             self._next_at = self._clock() - (0.0 if playlist.is_ended else listed_s)
             self._next = playlist.segments[0].number if playlist.segments else None
+            self._grew_at = self._clock()
         for segment in playlist.segments:
             if self._next is not None and segment.number < self._next:
                 continue

@@ -36,7 +36,7 @@ from nvila.recordings.encode import Frames, GroupEncoder, Model, Models
 from nvila.recordings.jobs import Claim, LeaseLost
 from nvila.recordings.sources import Away, Ended, FileSources, Footage, LiveEvent
 from nvila.recordings.store import RecordingStore
-from nvila.recordings.types import Counters, Recording, RecordingState, Segment
+from nvila.recordings.types import Counters, Recording, RecordingState, Segment, SourceKind
 from nvila.telemetry import names
 from nvila.telemetry.logs import fields
 from nvila.types import Deadline, MediaKind
@@ -56,6 +56,7 @@ _SLACK_S = 3600.0
 """Footage that is older than it is to be kept may have been left by a worker that was killed: so much of it is looked
 for."""
 _FULL_PAUSE_S = 15.0
+_LONGEST_GAP_S = 30 * 86400.0
 
 
 class Live(Protocol):
@@ -230,7 +231,9 @@ class _LiveIngest:
         self._films: dict[int, _Film] = {}
         self._opened: dict[int, AsyncExitStack] = {}
         self._kept: deque[Segment] = deque()
-        self._captured_at = ingest.recording.captured_at
+        # What a client says of a live source's beginning is not when its first frame comes.
+        has_begun = ingest.recording.duration_s is not None
+        self._captured_at = ingest.recording.captured_at if has_begun else None
         self._reach_s = 0.0
         self._wanted_s = 0.0
         self._next_segment = 0
@@ -328,6 +331,7 @@ class _LiveIngest:
         if any(one.digest == digest and one.start_s >= at_s for one in self._kept):
             piece.taken()  # the worker before kept it, and was gone before it could say so
             return
+        self._check_time(at_s)
         segment = Segment(
             recording_id=self._recording.id,
             number=number,
@@ -357,6 +361,15 @@ class _LiveIngest:
         self._films[number] = _Film(segment, info)
         self._reach_s = segment.start_s + segment.duration_s
         await self._forget_old()
+
+    def _check_time(self, at_s: float) -> None:
+        """A client's or a playlist's clock may say anything, and every chunk up to there would be written."""
+        gap_s = at_s - max(self._reach_s, self._wanted_s)
+        if gap_s > _LONGEST_GAP_S and self._recording.source.kind is not SourceKind.RTSP:
+            raise InvalidMedia(
+                f"footage was captured {gap_s / 86400:,.0f} days after what came before it, by its own clock; at most "
+                f"{_LONGEST_GAP_S / 86400:g} are taken for a gap"
+            )
 
     async def _gone(self, error: NvilaError) -> None:
         if not self._is_away:
