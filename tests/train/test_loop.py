@@ -16,6 +16,8 @@ from nvila.train import feed as feeding
 from nvila.train.feed import Feed
 from nvila.train.loop import export_state, train
 from nvila.train.nvila_tiny import TINY, TOY, learn_merges, make_base, parameters
+from nvila.train.plot import read_metrics
+from nvila.train.prepare import PrepareSettings
 from nvila.train.recipes import (
     RECIPES,
     Adapters,
@@ -81,6 +83,33 @@ def test_a_stopped_run_goes_on_where_it_was_and_exports_its_state(base: Path, tm
     assert stopped.progress.step == 1
     assert Checkpoint.open(exported).config.llm.layers == 2
     assert rest.loss == pytest.approx(whole.loss, rel=1e-5)
+
+
+def test_a_tower_learns_to_name_patches_and_keeps_nothing_of_the_head_that_named_them(
+    base: Path, tmp_path: Path
+) -> None:
+    recipe = short(trained=("tower",), data="synthetic:patches", prepare=PrepareSettings(names_patches=True))
+    longer = replace(recipe, duration=Duration(steps=12), optim=Optim(lr=3e-3))
+    whole = train(longer, base, tmp_path / "whole")
+    train(longer, base, tmp_path / "cut", stop_after_s=0.0)
+    rest = train(longer, base, tmp_path / "cut")
+
+    assert whole.model is not None
+    assert changed(base, whole.model) == {Part.TOWER}
+    assert whole.loss < read_metrics(tmp_path / "whole" / longer.name / "metrics.jsonl")[0]["loss"] - 0.3
+    assert rest.loss == pytest.approx(whole.loss, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("data", "names_patches", "said"), [("toy", True, "no truth"), ("synthetic:patches", False, "no answer")]
+)
+def test_data_of_another_kind_than_the_recipe_learns_from_are_refused(
+    base: Path, tmp_path: Path, data: str, names_patches: bool, said: str
+) -> None:
+    recipe = short(data=data, prepare=PrepareSettings(names_patches=names_patches), skips_bad=False)
+
+    with pytest.raises(InvalidRequest, match=said):
+        train(recipe, base, tmp_path)
 
 
 def test_another_recipe_in_the_same_folder_is_refused(base: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from nvila.errors import InvalidRequest
 from nvila.model.time_tokens import parse_interval
 from nvila.train.data import fonts
 from nvila.train.data.catalogue import DENSE, FAMILIES, IMAGES, TASKS, VIDEOS, make_sample
-from nvila.train.data.draw import Draw, Knobs, Split
+from nvila.train.data.draw import COLOURS, Draw, Knobs, Split
 from nvila.train.evaluation.metrics import METRICS, score
 from nvila.train.samples import Sample, text_of
 from nvila.types import Role
@@ -91,6 +91,21 @@ def test_a_story_tells_when_each_thing_was_there_as_the_question_about_it_does()
         assert [float(start) for start in re.findall(r"<([\d.]+)> <", story)] == sorted(
             float(start) for start in re.findall(r"<([\d.]+)> <", story)
         )
+
+
+def test_the_truth_about_pixels_has_the_colours_and_the_letters_of_the_picture() -> None:
+    hues = [np.array(colour) for colour in COLOURS.values()]
+    letters: set[int] = set()
+    for index in range(40):
+        sample = make_sample("patches", Split.TRAIN, 3, index)
+        assert sample.truth_KHW is not None
+        shape_HW, color_HW, letter_HW = sample.truth_KHW
+        assert ((shape_HW > 0) == (color_HW > 0)).all()
+        letters |= set(np.unique(letter_HW).tolist())
+        for label in set(np.unique(color_HW).tolist()) - {0}:
+            own_NC = sample.media[0].frames_FHWC[0][color_HW == label].astype(float)
+            assert np.linalg.norm(np.median(own_NC, axis=0) - hues[label - 1]) < 40
+    assert len(letters) > 50
 
 
 def test_held_out_typefaces_are_drawn_with_in_half_of_the_test_split_only() -> None:

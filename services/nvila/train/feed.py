@@ -63,7 +63,8 @@ class Step:
 
 
 def open_source(data: str, *, lane: int, lanes: int, seed: int) -> SampleSource:
-    """`toy`, `toy:images`, `synthetic:<families>`, `listed:<kept.json>`, or a mixture (`train/data/mixture.py`).
+    """`toy`, `toy:images`, `synthetic:<families>[@<samples to the hardest>]`, `listed:<kept.json>`, or a mixture
+    (`train/data/mixture.py`).
 
     Raises `InvalidRequest` or `NotFound`.
     """
@@ -72,9 +73,9 @@ def open_source(data: str, *, lane: int, lanes: int, seed: int) -> SampleSource:
 
         return ToySource(lane=lane, lanes=lanes, seed=seed, has_video=data == "toy")
     if data.startswith("synthetic:"):
-        from nvila.train.synthetic import PREFIX, SyntheticSource, families
+        from nvila.train.synthetic import open_synthetic
 
-        return SyntheticSource(families(data.removeprefix(PREFIX)), lane=lane, lanes=lanes, seed=seed)
+        return open_synthetic(data, lane=lane, lanes=lanes, seed=seed)
     if data.startswith("listed:"):
         from nvila.train.synthetic import ListedSource
 

@@ -123,6 +123,8 @@ def train(
 def _prepare(model: TrainableNvila, recipe: Recipe) -> None:
     model.loss = LossSettings(time_std=recipe.time_std)
     model.choose([Module(name) for name in recipe.trained], recomputes=recipe.recomputes)
+    if recipe.prepare.names_patches:
+        model.name_patches()
     if recipe.tower_norms_only:
         adapters.freeze_all_but_norms(model.tower)
     if recipe.adapters is not None:

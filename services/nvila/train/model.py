@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint as recompute
 from transformers import Qwen2ForCausalLM
 
@@ -31,9 +32,10 @@ from nvila.model.qwen2 import load_llm
 from nvila.model.siglip import Tower
 from nvila.model.time_tokens import time_tokens
 from nvila.train.attention import PACKED, TILES
+from nvila.train.data.tasks.patches import KINDS
 from nvila.train.loss import IGNORE, summed_loss
 from nvila.train.packing import Sample, pack
-from nvila.train.prepare import VISUAL, Prepared
+from nvila.train.prepare import ASIDE, VISUAL, Prepared
 
 
 class Module(StrEnum):
@@ -103,6 +105,7 @@ class TrainableNvila(nn.Module):
         self.row_multiple = 1
         self.trained: frozenset[Module] = frozenset()
         self.recomputes = False
+        self.patch_head: nn.Linear | None = None
 
     @classmethod
     def load(cls, checkpoint: Checkpoint, device: torch.device | str = "cpu") -> TrainableNvila:
@@ -145,10 +148,25 @@ class TrainableNvila(nn.Module):
             self.llm.train()  # `transformers` recomputes only in training mode; Qwen2 has no dropout of its own
             self.llm.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def name_patches(self) -> None:
+        """From here on the loss is that of naming what each patch shows, with a head that is not kept."""
+        self.patch_head = nn.Linear(self.config.tower.width, sum(PATCH_LABELS), device=self.device)
+
     # -- forward ------------------------------------------------------------------------------------------------------
 
     def forward(self, row: Row) -> Tensor:
         """The summed loss over the row's targets; divide by how many there are in the whole step."""
+        if self.patch_head is not None:
+            logits_NTL = self.patch_head(self._features(pixels(row.tiles_NSS3))).float()
+            labels_NTK = torch.stack([labels[1:] for labels in row.labels]).view(*logits_NTL.shape[:2], -1)
+            return torch.stack(
+                [
+                    functional.cross_entropy(logits_NTl.flatten(0, 1), labels_NT.flatten(), reduction="sum")
+                    for logits_NTl, labels_NT in zip(
+                        logits_NTL.split(PATCH_LABELS, -1), labels_NTK.unbind(-1), strict=True
+                    )
+                ]
+            ).sum()
         values_TD = self.see(row)
         spliced = self._splice(row, values_TD)
         packed = pack(spliced, multiple_of=self.row_multiple, fill=self.pad_fill)
@@ -215,6 +233,8 @@ def pixels(tiles_NSS3: Tensor) -> Tensor:
     levels = torch.from_numpy(_LEVELS).to(tiles_NSS3.device)
     return levels[tiles_NSS3.permute(0, 3, 1, 2).contiguous().int()]
 
+
+PATCH_LABELS = [KINDS["shape"], KINDS["color"], *[KINDS["letter"]] * len(ASIDE)]
 
 _LEVELS = pixel_values(np.arange(256, dtype=np.uint8).reshape(1, 256, 1, 1).repeat(3, 3))[0, 0, :, 0]
 

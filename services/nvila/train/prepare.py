@@ -18,11 +18,12 @@ from numpy.typing import NDArray
 from nvila.errors import InvalidRequest
 from nvila.model.config import NvilaConfig
 from nvila.model.cost import levels
-from nvila.model.preprocess import split_frames, split_image
+from nvila.model.preprocess import resize_exact, split_frames, split_image
 from nvila.model.prompt import Layout, TextIds
 from nvila.model.time_tokens import encode_times
 from nvila.model.tokenizer import ChatTokenizer
 from nvila.train.labels import label_answers
+from nvila.train.loss import IGNORE
 from nvila.train.samples import Sample, SampleMedia
 from nvila.types import MediaKind, Message, PromptMedia, Role, TextPart, TokensRef
 
@@ -33,11 +34,13 @@ VISUAL = -1
 @dataclass(frozen=True, kw_only=True)
 class PrepareSettings:
     """`frames`: a video's, one of them drawn per sample (by the sample's own index). `max_positions`: the rest of a
-    sample is cut off. `tiles_every_image`: as the reference trains (NVILA-SPEC §8.1); serving tiles a single image."""
+    sample is cut off. `tiles_every_image`: as the reference trains (NVILA-SPEC §8.1); serving tiles a single image.
+    `names_patches`: no question is answered, but what each patch of a tile shows is named."""
 
     frames: tuple[int, ...] = (8,)
     max_positions: int = 8192
     tiles_every_image: bool = True
+    names_patches: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,6 +78,11 @@ class Prepared:
 
 def prepare(sample: Sample, config: NvilaConfig, tokenizer: ChatTokenizer, settings: PrepareSettings) -> Prepared:
     """Tile, tokenise, label and lay out one sample. Raises `InvalidRequest` for one that cannot be."""
+    if settings.names_patches != (sample.truth_KHW is not None):
+        has = "no truth about its pixels" if settings.names_patches else "truth about its pixels and no answer"
+        raise InvalidRequest(f"{sample.name} has {has}: the recipe is for other data")
+    if sample.truth_KHW is not None:
+        return _labelled_patches(sample, sample.truth_KHW, config)
     is_tiled = config.can_tile and (settings.tiles_every_image or _is_single_image(sample.media))
     tiled = [_tiles(media, sample, config, settings, is_tiled) for media in sample.media]
     media = [item[2] for item in tiled]
@@ -92,6 +100,34 @@ def prepare(sample: Sample, config: NvilaConfig, tokenizer: ChatTokenizer, setti
         labels_P=labels,
         rows_V=rows,
         visual_rows=sum(item.records[0].tokens for item in media),
+        source=sample.name,
+    )
+
+
+ASIDE = (-6, 0, 6)
+"""Pixels from a patch's centre to where its letters are asked for: small ones stand several in a patch."""
+UNLABELLED = 0.6
+"""Share of the places that show nothing of a kind which is not asked about it."""
+
+
+def _labelled_patches(sample: Sample, truth_KHW: NDArray[np.uint8], config: NvilaConfig) -> Prepared:
+    """One tile, and for every patch of it: shape and colour at its centre, letters there and aside. labels_P: five
+    labels for each patch, one after the other, behind one that is none."""
+    side, patch = config.tile_px, config.tower.patch_px
+    middle = np.arange(patch // 2, side, patch) * truth_KHW.shape[1] // side
+    letters_HW = truth_KHW[-1]
+    aside = [letters_HW[middle[:, None], np.clip(middle + by, 0, letters_HW.shape[1] - 1)[None]] for by in ASIDE]
+    seen_KT = np.stack([truth_KHW[0][np.ix_(middle, middle)], truth_KHW[1][np.ix_(middle, middle)], *aside])
+    labels = seen_KT.reshape(len(seen_KT), -1).T.astype(np.int64).reshape(-1)
+    chance = np.random.Generator(np.random.PCG64(sample.index)).random(len(labels))
+    labels[(labels == 0) & (chance < UNLABELLED)] = IGNORE
+    tile_1SS3 = resize_exact(sample.media[0].frames_FHWC[0], side, side)[None]
+    return Prepared(
+        tiles_NSS3=tile_1SS3,
+        items=(Item(kind=MediaKind.IMAGE, tiles=1, block_size=None),),
+        ids_P=np.zeros(len(labels) + 1, np.int64),
+        labels_P=np.concatenate([[IGNORE], labels]),
+        rows_V=np.zeros(0, np.int64),
         source=sample.name,
     )
 

@@ -267,12 +267,21 @@ def finetuning(method: str, tower: str = "norms", *, tower_ratio: float = 10.0, 
 
 # -- nvila-tiny -------------------------------------------------------------------------------------------------------
 
-TINY_SHARE = {"base": 0.44, "projector": 0.02, "vep": 0.06, "pretrain": 0.06, "image": 0.22, "video": 0.20}
+TINY_SHARE = {
+    "tower": 0.15,
+    "base": 0.33,
+    "projector": 0.02,
+    "vep": 0.05,
+    "pretrain": 0.05,
+    "image": 0.22,
+    "video": 0.18,
+}
 """Of the whole training time, by stage (`tiny_stages`)."""
 
 TINY_SCALES = (224, 448)
 TINY_POOLS = ((8, 1, 1),)
 TINY_SEEING = "synthetic:describing*3+reading*4+images*3"
+TINY_RAMP = "@16000"
 TINY_IMAGES = "synthetic:describing+reading*2+images*6"
 TINY_MIXTURE = "synthetic:narrating*3+videos*4+images*3"
 
@@ -294,13 +303,24 @@ def _tiny(stage: str, trained: tuple[str, ...], lr: float, data: str, seed: int)
     )
 
 
+def tiny_tower() -> Recipe:
+    """In place of SigLIP's own pre-training: shapes, colours and letters, patch by patch."""
+    recipe = _tiny("tower", (TOWER,), 1e-3, "synthetic:patches", 0)
+    positions = 1 + 5 * 14 * 14
+    return replace(
+        recipe,
+        batch=replace(recipe.batch, row_positions=12 * positions),
+        prepare=replace(recipe.prepare, max_positions=positions, names_patches=True),
+    )
+
+
 def tiny_base() -> Recipe:
-    """In place of SigLIP's and Qwen2's own pre-training: everything, from random weights, one tile per picture.
+    """In place of Qwen2's own pre-training: everything, one tile per picture.
 
     Cheap samples (one tile, 49 visual tokens, everything told that is to be seen) teach the tower to see and the
     language model the language of the tasks.
     """
-    return _tiny("base", EVERYTHING, 1.2e-3, TINY_SEEING, 1)
+    return _tiny("base", EVERYTHING, 1.2e-3, TINY_SEEING + TINY_RAMP, 1)
 
 
 def tiny_stage1() -> Recipe:
@@ -344,7 +364,7 @@ def tiny_stage5() -> Recipe:
     )
 
 
-TINY_STAGES = (tiny_base, tiny_stage1, tiny_stage2, tiny_stage3, tiny_stage4, tiny_stage5)
+TINY_STAGES = (tiny_tower, tiny_base, tiny_stage1, tiny_stage2, tiny_stage3, tiny_stage4, tiny_stage5)
 
 
 # -- toy: seconds on a processor --------------------------------------------------------------------------------------
@@ -367,7 +387,7 @@ def toy_stages(steps: int = 6) -> tuple[Recipe, ...]:
             else None,
             save_every=2,
         )
-        for number, stage in enumerate(TINY_STAGES[1:], 1)
+        for number, stage in enumerate(TINY_STAGES[2:], 1)
     )
 
 

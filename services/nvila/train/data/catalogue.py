@@ -7,7 +7,19 @@ from collections.abc import Callable, Mapping
 from nvila.errors import InvalidRequest
 from nvila.train.data.draw import Draw, Knobs, Split
 from nvila.train.data.made import Made
-from nvila.train.data.tasks import charts, describing, documents, events, motion, pairs, reading, scene, shapes, tables
+from nvila.train.data.tasks import (
+    charts,
+    describing,
+    documents,
+    events,
+    motion,
+    pairs,
+    patches,
+    reading,
+    scene,
+    shapes,
+    tables,
+)
 from nvila.train.samples import Sample, ask
 
 IMAGES: Mapping[str, Callable[[Draw], Made]] = {
@@ -32,7 +44,7 @@ DENSE: Mapping[str, Callable[[Draw], Made]] = {
 }
 """For pre-training: everything that is to be seen is told, so that each picture teaches as much as it can."""
 TASKS = {**IMAGES, **VIDEOS}
-FAMILIES = {**TASKS, **DENSE}
+FAMILIES = {**TASKS, **DENSE, "patches": patches.make}
 
 
 def make_sample(family: str, split: Split, seed: int, index: int, knobs: Knobs | None = None) -> Sample:
@@ -51,4 +63,5 @@ def make_sample(family: str, split: Split, seed: int, index: int, knobs: Knobs |
         answers=(made.answer, *made.answers),
         choices=made.choices,
         notes=made.notes | ({"held_out": True} if draw.is_held_out else {}),
+        truth_KHW=made.truth_KHW,
     )

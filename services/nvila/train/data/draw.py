@@ -50,6 +50,10 @@ class Knobs:
     """Shortest and longest clip."""
     brief_s: tuple[float, float] = (0.4, 1.0)
     """How long text is shown that is there for part of a clip: shorter is harder with few frames."""
+    letters: int = 16
+    """Longest words, codes and numbers of what is to be read in full."""
+    lines: int = 5
+    """Most lines of it."""
     questions: int = 1
     """Most that are asked about one picture or clip. Training asks several: seeing costs most, and is paid once."""
 

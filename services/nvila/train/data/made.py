@@ -21,7 +21,8 @@ Turn = tuple[str, str]
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Made:
     """`task`: after the family's dot. `answers`: besides `answer`, what counts as right too. `more`: further questions
-    about the same media with their answers, as many as the knobs allow."""
+    about the same media with their answers, as many as the knobs allow. `truth_KHW`: what each pixel of a picture
+    shows (`tasks/patches.py`)."""
 
     task: str
     question: str
@@ -32,6 +33,7 @@ class Made:
     choices: tuple[str, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
     more: tuple[Turn, ...] = ()
+    truth_KHW: NDArray[np.uint8] | None = None
 
 
 def further(draw: Draw, turns: Sequence[Turn]) -> tuple[Turn, ...]:

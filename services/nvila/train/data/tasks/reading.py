@@ -20,7 +20,7 @@ def make(draw: Draw) -> Made:
     low, high = draw.knobs.text_px
     size_px = round(low * 2 ** (draw.random.random() * math.log2(high / low)))
     face, bold = draw.face(), draw.chance(0.4)
-    lines = [_line(draw) for _ in range(draw.whole(1, max(1, min(5, side // (2 * size_px)))))]
+    lines = [_line(draw) for _ in range(draw.whole(1, max(1, min(draw.knobs.lines, side // (2 * size_px)))))]
     while max(text_size(line, face.font(size_px, bold=bold))[0] for line in lines) > side * 0.94:
         size_px -= 1
     font, step = face.font(size_px, bold=bold), round(size_px * draw.real(1.3, 2.0))
@@ -54,10 +54,18 @@ def _ground(draw: Draw, width: int, height: int) -> tuple[Image.Image, Colour]:
 
 
 def _line(draw: Draw) -> str:
-    return " ".join(_piece(draw) for _ in range(draw.one_of((1, 1, 1, 2, 2, 3))))
+    count = draw.one_of((1, 1, 1, 2, 2, 3))
+    return " ".join(_piece(draw) for _ in range(min(count, draw.knobs.lines)))
 
 
 def _piece(draw: Draw) -> str:
+    """A word, code, number, date or amount; a shorter code where that is longer than the knobs allow."""
+    text = any_piece(draw)
+    most = draw.knobs.letters
+    return text if len(text) <= most else words.code(draw, draw.whole(1, most))
+
+
+def any_piece(draw: Draw) -> str:
     kind = draw.whole(0, 9)
     if kind < 4:
         text = draw.one_of((words.NOUNS, words.NOUNS, words.ITEMS, words.PEOPLE, words.CITIES, words.COMPANIES))

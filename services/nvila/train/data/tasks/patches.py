@@ -1,0 +1,126 @@
+"""What each place of a picture shows, pixel by pixel: shapes, colours, letters, for a tower that has seen nothing yet.
+
+There is no SigLIP of nvila-tiny's size to begin with. Through answers alone a tower learns slowly what a letter is: 700
+steps of nvila-tiny's base stage from random weights left the loss where a model without eyes has it. Here every patch
+of a tile has labels of its own.
+
+K kinds of labels · H, W rows and columns of pixels.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from nvila.train.data.draw import COLOURS, SHAPES, Draw, background, ink_on, places, stamp, tint
+from nvila.train.data.made import Made, images
+from nvila.train.data.tasks.reading import any_piece
+
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.:"
+KINDS = {"shape": len(SHAPES) + 1, "color": len(COLOURS) + 1, "letter": len(LETTERS) + 1}
+"""Labels of each kind; 0 is none of them."""
+SHAPE, COLOR, LETTER = range(3)
+SIZES_PX = (8, 48)
+"""Letters, in pixels per em of the finished picture."""
+SIDE_PX = 224
+
+
+def make(draw: Draw) -> Made:
+    """Letters, shapes, or shapes over letters, in a picture that was larger or smaller before."""
+    side = draw.one_of((SIDE_PX // 2, SIDE_PX * 5 // 7, SIDE_PX, SIDE_PX, SIDE_PX * 2))
+    hues = draw.some_of(tuple(COLOURS), 4)
+    picture = background(draw, side, side, avoid=[COLOURS[hue] for hue in hues])
+    truth_KHW = np.zeros((len(KINDS), side, side), np.uint8)
+    what = draw.one_of(("letters", "letters", "letters", "shapes", "both"))
+    if what != "shapes":
+        _write(draw, picture, truth_KHW)
+    if what != "letters":
+        _stamp(draw, picture, truth_KHW, hues)
+    if side != SIDE_PX:
+        how = Image.Resampling.BICUBIC if draw.chance(0.7) else Image.Resampling.BOX
+        picture = picture.resize((SIDE_PX, SIDE_PX), how)
+        at = (np.arange(SIDE_PX) + 0.5) * side / SIDE_PX
+        truth_KHW = truth_KHW[:, at.astype(int)][:, :, at.astype(int)]
+    return Made(
+        task="tile", question="What does each place show?", answer="-", media=images(picture), truth_KHW=truth_KHW
+    )
+
+
+def _write(draw: Draw, picture: Image.Image, truth_KHW: NDArray[np.uint8]) -> None:
+    """Lines of text from top to bottom, each in its own typeface, size and colours."""
+    side = picture.width
+    pen = ImageDraw.Draw(picture)
+    low, high = (size * side / SIDE_PX for size in SIZES_PX)
+    size_px = low * (high / low) ** (draw.random.random() ** 1.5)
+    is_even = draw.chance(0.6)
+    y = draw.real(0, side * 0.1)
+    while True:
+        if not is_even:
+            size_px = low * (high / low) ** (draw.random.random() ** 1.5)
+        font = draw.face().font(max(6, round(size_px)), bold=draw.chance(0.4))
+        line = any_piece(draw)
+        while _length(font, longer := f"{line} {any_piece(draw)}") < side * draw.real(0.3, 0.95):
+            line = longer
+        left, top, right, bottom = font.getbbox(line, anchor="la")
+        if y + bottom > side:
+            return
+        x = draw.real(0, max(0.0, side - right))
+        if draw.chance(0.75):
+            box = (round(x + left), round(y + top), round(x + right), round(y + bottom))
+            ink = _ink(draw, pen, picture, box)
+            pen.text((round(x), round(y)), line, font=font, fill=ink, anchor="la")
+            _mark(truth_KHW[LETTER], line, font, round(x), box[1], box[3])
+        y += size_px * draw.real(1.1, 1.8)
+
+
+def _ink(draw: Draw, pen: ImageDraw.ImageDraw, picture: Image.Image, box: tuple[int, int, int, int]) -> tuple[int, ...]:
+    """Read well on what is there, or on a plate of a colour that is put there first."""
+    if draw.chance(0.4):
+        ground = tint(draw, COLOURS[draw.one_of(tuple(COLOURS))])
+        margin = max(1, (box[3] - box[1]) // 4)
+        pen.rectangle((box[0] - margin, box[1] - margin, box[2] + margin, box[3] + margin), fill=ground)
+        return ink_on(ground)
+    middle = picture.getpixel((min(max(box[0], 0), picture.width - 1), min(max(box[1], 0), picture.height - 1)))
+    assert isinstance(middle, tuple)
+    dark, light = draw.whole(0, 70), draw.whole(200, 255)
+    level = dark if sum(middle[:3]) > 3 * 128 else light
+    return tint(draw, (level, level, level), 10)
+
+
+def _mark(
+    letters_HW: NDArray[np.uint8], line: str, font: ImageFont.FreeTypeFont, x: float, top: int, bottom: int
+) -> None:
+    for letter in line:
+        end = x + _advance(font, letter)
+        label = LETTERS.find(letter) + 1
+        if label:
+            letters_HW[max(0, top) : bottom, max(0, round(x)) : round(end)] = label
+        x = end
+
+
+@lru_cache(maxsize=1 << 16)
+def _advance(font: ImageFont.FreeTypeFont, letter: str) -> float:
+    return font.getlength(letter)
+
+
+def _length(font: ImageFont.FreeTypeFont, line: str) -> float:
+    """Without kerning, which is less than a pixel here."""
+    return sum(_advance(font, letter) for letter in line)
+
+
+def _stamp(draw: Draw, picture: Image.Image, truth_KHW: NDArray[np.uint8], hues: list[str]) -> None:
+    side = picture.width
+    count = draw.whole(1, 6)
+    sizes = [side * draw.real(0.14, {1: 0.5, 2: 0.34, 3: 0.3, 4: 0.27}.get(count, 0.22)) for _ in range(count)]
+    for size, (x, y) in zip(sizes, places(draw, side, side, sizes), strict=True):
+        hue, kind = draw.one_of(hues), draw.one_of(SHAPES)
+        drawn = stamp(kind, round(size), tint(draw, COLOURS[hue]), draw.real(-14, 14))
+        left, top = round(x - drawn.width / 2), round(y - drawn.height / 2)
+        picture.paste(drawn, (left, top), drawn)
+        inside_HW = np.asarray(drawn)[:, :, 3] > 128
+        where = (slice(top, top + drawn.height), slice(left, left + drawn.width))
+        for layer, label in ((SHAPE, SHAPES.index(kind) + 1), (COLOR, list(COLOURS).index(hue) + 1), (LETTER, 0)):
+            truth_KHW[layer][where][inside_HW] = label
