@@ -68,6 +68,11 @@ def test_every_section_is_closed(document: ModuleType) -> None:
         {"redis": {"maxMemoryPolicy": "lru"}},
         {"requestTimeoutSeconds": "10m"},
         {"tracing": {"protocol": "http"}},
+        {"tracing": {"endpoint": "collector:4317"}},
+        {"gateway": {"image": {"digest": "abc"}}},
+        {"images": {"registry": "registry.example.com/"}},
+        {"clusterDomain": ""},
+        {"decode": {"rayservice": {"gcs": {"redisAddress": "ray-state.example.com"}}}},
     ],
 )
 def test_a_mistake_is_refused_by_the_schema(values: dict[str, Any]) -> None:
@@ -88,6 +93,8 @@ def test_a_mistake_is_refused_by_the_schema(values: dict[str, Any]) -> None:
         ({"redis": {"enabled": False, "external": {"host": "r"}}}, "redis.auth.existingSecret"),
         ({"redis": {"tls": {"enabled": True}}}, "redis.tls.existingSecret"),
         ({"tls": {"enabled": True}}, "tls.existingSecret, with ca.crt"),
+        ({"gateway": {"service": {"httpPort": 80, "grpcPort": 80}}}, "are both 80"),
+        ({"gateway": {"autoscaling": {"minReplicas": 11}}}, "gateway.autoscaling.minReplicas is 11"),
         ({"redis": {"external": {"cluster": True, "database": 2}}}, "database 0 only"),
         ({"decode": {"autoscaling": {"kind": "ray"}}}, "decode.mode=rayservice"),
         ({"decode": {"mode": "rayservice", "autoscaling": {"kind": "keda"}}}, "set it to ray"),

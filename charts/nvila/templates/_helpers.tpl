@@ -150,7 +150,10 @@ labels:
 {{- if and $ray (eq $v.decode.rayservice.upgradeStrategy "NewClusterWithIncrementalUpgrade") (or (ne $kind "ray") (empty $v.decode.rayservice.incremental.gatewayClassName)) }}
 {{- fail "decode.rayservice.upgradeStrategy NewClusterWithIncrementalUpgrade needs decode.autoscaling.kind=ray and decode.rayservice.incremental.gatewayClassName" }}
 {{- end }}
-{{- range $pool := list "vision" "decode" }}
+{{- if eq (int $v.gateway.service.httpPort) (int $v.gateway.service.grpcPort) }}
+{{- fail (printf "gateway.service.httpPort and grpcPort are both %d: one of them must be another" (int $v.gateway.service.httpPort)) }}
+{{- end }}
+{{- range $pool := list "gateway" "vision" "decode" }}
 {{- $auto := (index $v $pool).autoscaling }}
 {{- if gt (int $auto.minReplicas) (int $auto.maxReplicas) }}
 {{- fail (printf "%s.autoscaling.minReplicas is %d, more than maxReplicas, %d" $pool (int $auto.minReplicas) (int $auto.maxReplicas)) }}
