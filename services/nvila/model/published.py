@@ -46,7 +46,7 @@ def read_config(
         projector_width=tower_config.width * max(1, len(scales)),
         image_wrap=wrap_ids(image, encode),
         video_wrap=wrap_ids(video, encode),
-        pool_sizes=tuple(tuple(pool) for pool in video.get("pool_sizes") or [[1, 1, 1]]),
+        pool_sizes=_pool_sizes(video),
         default_frames=_integer(root, "num_video_frames", 8),
         fps=float(root.get("fps") or 0.0),
         time_tokens=_integer(root, "num_time_tokens", 0),
@@ -64,14 +64,14 @@ def _tower(root: Json, tower: Json) -> TowerConfig:
             f"mm_vision_select_feature is {feature!r}; 'cls_patch' is needed, SigLIP has no class token"
         )
     return TowerConfig(
-        image_px=int(_required(tower, "image_size", where)),
-        patch_px=int(_required(tower, "patch_size", where)),
-        width=int(_required(tower, "hidden_size", where)),
-        mlp_width=int(_required(tower, "intermediate_size", where)),
-        layers=int(_required(tower, "num_hidden_layers", where)),
-        heads=int(_required(tower, "num_attention_heads", where)),
+        image_px=_count(tower, "image_size", where),
+        patch_px=_count(tower, "patch_size", where),
+        width=_count(tower, "hidden_size", where),
+        mlp_width=_count(tower, "intermediate_size", where),
+        layers=_count(tower, "num_hidden_layers", where),
+        heads=_count(tower, "num_attention_heads", where),
         norm_eps=float(tower.get("layer_norm_eps", 1e-6)),
-        select_layer=int(_required(root, "mm_vision_select_layer", "config.json")),
+        select_layer=_whole(_required(root, "mm_vision_select_layer", "config.json"), "mm_vision_select_layer"),
     )
 
 
@@ -79,18 +79,18 @@ def _llm(llm: Json) -> LlmConfig:
     where = "llm/config.json"
     if llm.get("model_type") != "qwen2":
         raise InvalidCheckpoint(f"{where} has model_type {llm.get('model_type')!r}; 'qwen2' is needed")
-    width, heads = int(_required(llm, "hidden_size", where)), int(_required(llm, "num_attention_heads", where))
+    width, heads = _count(llm, "hidden_size", where), _count(llm, "num_attention_heads", where)
     rope: Json = llm.get("rope_parameters") or {}
     return LlmConfig(
         width=width,
-        mlp_width=int(_required(llm, "intermediate_size", where)),
-        layers=int(_required(llm, "num_hidden_layers", where)),
+        mlp_width=_count(llm, "intermediate_size", where),
+        layers=_count(llm, "num_hidden_layers", where),
         heads=heads,
-        kv_heads=int(llm.get("num_key_value_heads") or heads),
-        head_width=int(llm.get("head_dim") or width // heads),
-        vocab=int(_required(llm, "vocab_size", where)),
+        kv_heads=_count({"num_key_value_heads": heads} | _given(llm), "num_key_value_heads", where),
+        head_width=_count({"head_dim": width // heads} | _given(llm), "head_dim", where),
+        vocab=_count(llm, "vocab_size", where),
         is_tied=bool(llm.get("tie_word_embeddings", False)),
-        max_positions=int(_required(llm, "max_position_embeddings", where)),
+        max_positions=_count(llm, "max_position_embeddings", where),
         norm_eps=float(llm.get("rms_norm_eps", 1e-6)),
         rope_base=float(llm.get("rope_theta") or rope.get("rope_theta") or 1e6),
     )
@@ -109,7 +109,8 @@ def _image_mode(root: Json) -> ImageMode:
 
 def _scales(root: Json) -> tuple[int, ...]:
     given = _required(root, "s2_scales", "config.json")
-    return tuple(int(scale) for scale in (given.split(",") if isinstance(given, str) else given))
+    scales = given.split(",") if isinstance(given, str) else given if isinstance(given, list) else [given]
+    return tuple(_whole(scale, "s2_scales") for scale in scales)
 
 
 def _static_scales(root: Json, tower: TowerConfig) -> tuple[int, ...]:
@@ -143,13 +144,25 @@ def _tile_px(root: Json, tower: TowerConfig, processor: Json, scales: tuple[int,
 
 def media_encoder(given: Any, key: str, known: tuple[str, ...]) -> Json:
     """Arguments of a media encoder: a dictionary or JSON string with `_target_`; absent means the basic one."""
-    encoder: Any = json.loads(given) if isinstance(given, str) else given or {}
+    try:
+        encoder: Any = json.loads(given) if isinstance(given, str) else given or {}
+    except ValueError:
+        encoder = None
+    if not isinstance(encoder, Mapping):
+        raise InvalidCheckpoint(f"{key} is {given!r:.80}; an object is needed, or its JSON")
     name = str(encoder.get("_target_", known[0])).rpartition(".")[2]
     if name not in known:
         raise InvalidCheckpoint(f"{key} is {name!r}; known: {', '.join(known)}")
     if name == "TSPVideoEncoder" and not encoder.get("pool_sizes"):
         raise InvalidCheckpoint(f"{key} is a TSPVideoEncoder without pool_sizes")
     return encoder if name == "TSPVideoEncoder" else {k: v for k, v in encoder.items() if k.endswith("_tokens")}
+
+
+def _pool_sizes(video: Json) -> tuple[tuple[int, int, int], ...]:
+    given = video.get("pool_sizes") or [[1, 1, 1]]
+    if not isinstance(given, list) or not all(isinstance(pool, list) and len(pool) == 3 for pool in given):
+        raise InvalidCheckpoint(f"pool_sizes is {given!r:.80}; a list of triples is needed")
+    return tuple((_whole(f, "pool_sizes"), _whole(h, "pool_sizes"), _whole(w, "pool_sizes")) for f, h, w in given)
 
 
 def wrap_ids(encoder: Json, encode: Encode) -> Wrap:
@@ -169,6 +182,29 @@ def _required(config: Json, key: str, where: str) -> Any:
     return value
 
 
+def _given(config: Json) -> dict[str, Any]:
+    """Without the keys that say nothing."""
+    return {key: value for key, value in config.items() if value}
+
+
+def _count(config: Json, key: str, where: str) -> int:
+    value = _whole(_required(config, key, where), key)
+    if value < 1:
+        raise InvalidCheckpoint(f"{key} in {where} is {value}; at least 1 is needed")
+    return value
+
+
 def _integer(config: Json, key: str, default: int) -> int:
     value = config.get(key)
-    return default if value is None else int(value)
+    return default if value is None else _whole(value, key)
+
+
+def _whole(value: Any, key: str) -> int:
+    """A whole number, in whichever way JSON writers put it."""
+    try:
+        whole = int(value)
+        if whole == float(value):
+            return whole
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise InvalidCheckpoint(f"{key} is {value!r:.80}; a whole number is needed")
