@@ -1,18 +1,22 @@
-"""Which checkpoint a stack serves: the one that was named, or the tiny random one, made on first use."""
+"""Which checkpoint a stack serves: the one that was named; else nvila-tiny, which lies in the project's folder; else,
+where nvila was installed without it, a tiny one with random weights, made on first use."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import nvila
 from nvila.cli.state import home
 from nvila.errors import InvalidRequest
 from nvila.model import hub
+
+NVILA_TINY = Path(nvila.__file__).resolve().parents[2] / "models" / "nvila-tiny"
 
 
 def find_model(named: str | None) -> Path:
     """The checkpoint's folder; a hub id is fetched. Raises `InvalidRequest` when it was named and is none."""
     if named is None:
-        return random_model()
+        return NVILA_TINY if (NVILA_TINY / "config.json").is_file() else random_model()
     folder = Path(named).expanduser()
     if not folder.exists() and hub.is_id(named):
         return hub.locate(named)

@@ -9,7 +9,8 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from rich.live import Live
@@ -19,7 +20,8 @@ from rich.text import Text
 from nvila.cli import lifecycle, show, up
 from nvila.cli.ask import print_account
 from nvila.cli.checkpoint import find_model
-from nvila.cli.client import Ask, GatewayClient, Media, Report
+from nvila.cli.client import Ask, GatewayClient, Media, Report, kind_of
+from nvila.cli.examples import read_examples
 from nvila.cli.stack import StackConfig, configure
 from nvila.cli.state import StackFolder, folder_of
 from nvila.errors import NotFound
@@ -36,23 +38,41 @@ def run(args: argparse.Namespace) -> int:
     if not args.json:
         say("\n[bold]nvila demo[/]  [dim]one video through every part, on this machine[/]\n")
     model = find_model(args.model)
-    if args.model is None and not args.json:
-        say("[yellow]The weights are random: the answers' words mean nothing. Everything around them is real.[/]\n")
+    examples = read_examples(model)
+    asks = [Ask(media=[Media(kind=kind_of(e.media), path=e.media)], question=e.question) for e in examples]
+    film = [Media(kind=MediaKind.VIDEO, path=video)]
+    asks += [Ask(media=film, question=q, num_frames=args.frames, max_tokens=ANSWER_TOKENS) for q in QUESTIONS]
+    told: list[_Told] = []
     with _stack(args, folder, model) as config, GatewayClient(config.url, config.api_key) as gateway:
-        reports = [
-            _ask(gateway, Ask(
-                media=[Media(kind=MediaKind.VIDEO, path=video)],
-                question=question,
-                num_frames=args.frames,
-                max_tokens=ANSWER_TOKENS,
-            ), number, is_quiet=args.json)
-            for number, question in enumerate(QUESTIONS, start=1)
-        ]  # fmt: skip
+        for number, ask in enumerate(asks, start=1):
+            right = examples[number - 1].answer if number <= len(examples) else None
+            if number == len(examples) + 1 and not args.json:
+                say(_beforehand(is_random=gateway.models()[0]["is_random"], has_examples=bool(examples)))
+            told.append(_ask(gateway, ask, number, right, is_quiet=args.json))
     if args.json:
-        show.print_json([{"question": q, "coverage": r.coverage} for q, r in zip(QUESTIONS, reports, strict=True)])
+        show.print_json([asdict(one) for one in told])
     else:
-        _compare(*reports)
+        _compare(*(one.report for one in told[-len(QUESTIONS) :]))
     return 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Told:
+    """`right`: what the answer should be, where that is known."""
+
+    question: str
+    answer: str
+    right: str | None
+    report: Report
+
+
+def _beforehand(*, is_random: bool, has_examples: bool) -> str:
+    """What to expect of the answers about a film."""
+    if is_random:
+        return "[yellow]The weights are random: the answers' words mean nothing. Everything around them is real.[/]\n"
+    if has_examples:
+        return "[yellow]This small model has seen drawn pictures only: about a film of the real world it guesses.[/]\n"
+    return ""
 
 
 @contextmanager
@@ -84,25 +104,31 @@ def _stack(args: argparse.Namespace, folder: StackFolder, model: Path) -> Iterat
         stack.stop(progress.show)
 
 
-def _ask(gateway: GatewayClient, ask: Ask, number: int, *, is_quiet: bool) -> Report:
-    if is_quiet:
-        return [piece for piece in gateway.ask(ask) if isinstance(piece, Report)][-1]
+def _ask(gateway: GatewayClient, ask: Ask, number: int, right: str | None, *, is_quiet: bool) -> _Told:
     path = ask.media[0].path
-    assert path is not None, "the demo's video is a file"
-    show.console.print(
-        f"[bold cyan]question {number}[/]  {path.name}, {ask.num_frames} frames: [bold]{ask.question}[/]"
-    )
+    assert path is not None, "the demo's media are files"
+    if not is_quiet:
+        frames = f", {ask.num_frames} frames" if ask.num_frames else ""
+        show.console.print(f"[bold cyan]question {number}[/]  {path.name}{frames}: [bold]{ask.question}[/]")
+    said: list[str] = []
+    typist = show.Typist()
     with closing(gateway.ask(ask)) as pieces:
-        with _Work(gateway):
+        with nullcontext() if is_quiet else _Work(gateway):
             piece = next(pieces)
-        typist = show.Typist()
         while isinstance(piece, str):
-            typist.write(piece)
+            said.append(piece)
+            if not is_quiet:
+                typist.write(piece)
             piece = next(pieces)
+    answer = "".join(said).strip()
+    if not is_quiet:
         typist.end()
-    print_account(piece)
-    show.console.print()
-    return piece
+        if right is not None:
+            is_right = answer.casefold() == right.casefold()
+            show.console.print("[green]✓ right[/]" if is_right else f"[red]✗ it is {escape(right)}[/]")
+        print_account(piece)
+        show.console.print()
+    return _Told(question=ask.question, answer=answer, right=right, report=piece)
 
 
 class _Work:
@@ -160,8 +186,8 @@ def _compare(first: Report, second: Report) -> None:
     cached = second.usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
     nvila = escape(show.command())
     show.console.print(
-        f"\n[bold green]✓[/] The first question encoded [bold]{before['frames_encoded']}[/] frames; the second "
-        f"[bold]{after['frames_encoded']}[/]: its {after['frames_reused']} frames came from the cache"
+        f"\n[bold green]✓[/] The first question about it encoded [bold]{before['frames_encoded']}[/] frames; "
+        f"the second [bold]{after['frames_encoded']}[/]: its {after['frames_reused']} frames came from the cache"
         f"{f', and {cached:,} of its prompt tokens needed no prefill' if cached else ''}.\n"
         f"  Time to the first word: [bold]{first_ms / 1000:.2f} s[/], then [bold]{second_ms / 1000:.2f} s[/].\n"
         f'\n  [dim]next:[/]  {nvila} up    [dim]then[/]  {nvila} ask video.mp4 "What happens here?"\n'
