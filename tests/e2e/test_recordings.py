@@ -83,6 +83,13 @@ async def done(http: httpx.AsyncClient, kind: str, recording: str, **given: Any)
     return await over(http, answer.json()["id"])
 
 
+async def begun(http: httpx.AsyncClient, job: str) -> None:
+    """Once the job has got somewhere."""
+    async with asyncio.timeout(200):
+        while not (await http.get(f"/v1/jobs/{job}")).json()["progress"]:
+            await asyncio.sleep(0.02)
+
+
 async def over(http: httpx.AsyncClient, job: str) -> dict[str, Any]:
     async with asyncio.timeout(200):
         while True:
@@ -198,9 +205,7 @@ async def test_a_summary_that_is_killed_says_what_an_undisturbed_one_says(
     await complete(http, recording)
     answer = await http.post("/v1/jobs", json={"kind": "summary", "recording": recording})
     job = answer.json()["id"]
-    async with asyncio.timeout(60):
-        while not (await http.get(f"/v1/jobs/{job}")).json()["progress"]:
-            await asyncio.sleep(0.02)
+    await begun(http, job)
     os.kill(part_pid(stack, "recordings"), signal.SIGKILL)
     killed = await over(http, job)
     undisturbed = await done(http, "summary", recording)
@@ -217,9 +222,7 @@ async def test_a_decode_service_that_is_killed_changes_neither_a_summary_nor_wha
     taken_in = await add(http, file_id, **policy)
     answer = await http.post("/v1/jobs", json={"kind": "summary", "recording": recording})
     job = answer.json()["id"]
-    async with asyncio.timeout(60):
-        while not (await http.get(f"/v1/jobs/{job}")).json()["progress"]:
-            await asyncio.sleep(0.02)
+    await begun(http, job)
     os.kill(part_pid(stack, "decode"), signal.SIGKILL)
     through = await complete(http, taken_in)
     killed = await over(http, job)
