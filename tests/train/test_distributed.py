@@ -45,6 +45,21 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     assert (tmp_path / "two" / "nvila-tiny-image" / "model" / "config.json").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_two_processes_go_from_stage_to_stage_and_an_error_of_one_ends_both(tmp_path: Path) -> None:
+    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    program += ["-m", "nvila.cli.main", "train", "all", "toy", "--out", str(tmp_path), "--steps", "1", "--in-process"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    subprocess.run([*program, "--device", "cpu"], check=True, capture_output=True, env=environment, timeout=400)
+    assert all((tmp_path / f"toy-{number}" / "model" / "config.json").exists() for number in range(1, 6))
+
+    (tmp_path / "toy-5" / "model" / "config.json").unlink()
+    (tmp_path / "toy-4" / "model" / "config.json").write_text("{}")
+    failed = subprocess.run([*program, "--from", str(tmp_path / "toy-4" / "model")], env=environment, timeout=200)
+    assert failed.returncode != 0
+
+
 def test_lanes_are_dealt_evenly_or_not_at_all() -> None:
     assert Ranks(rank=1, world=2).lanes(6) == [1, 3, 5]
     with pytest.raises(InvalidRequest, match="5 lanes cannot be dealt to 2"):

@@ -139,19 +139,17 @@ def _train(stages: tuple[Recipe, ...], start: Path, args: argparse.Namespace) ->
     from nvila.train.loop import train_all
 
     ranks = Ranks.join(args.device)
-    try:
-        with progress(ranks.is_first, as_json=args.json) as report:
-            outcome = train_all(
-                stages,
-                start.resolve(),
-                args.out,
-                stop_after_s=args.stop_after,
-                ranks=ranks,
-                has_processes=not args.in_process,
-                report=report,
-            )
-    finally:
-        ranks.leave()
+    with progress(ranks.is_first, as_json=args.json) as report:
+        outcome = train_all(
+            stages,
+            start.resolve(),
+            args.out,
+            stop_after_s=args.stop_after,
+            ranks=ranks,
+            has_processes=not args.in_process,
+            report=report,
+        )
+    ranks.leave()
     if ranks.is_first:
         _tell(outcome, as_json=args.json)
 

@@ -44,7 +44,13 @@ class Ranks:
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         return cls(rank=dist.get_rank(), world=world, device=place)
 
+    def wait(self) -> None:
+        """Until every process is here."""
+        if self.world > 1:
+            dist.barrier()
+
     def leave(self) -> None:
+        """Not to be called on the way out of an error: the others may never come."""
         if self.world > 1 and dist.is_initialized():
             dist.barrier()
             dist.destroy_process_group()

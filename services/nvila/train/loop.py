@@ -117,6 +117,7 @@ def train(
     adapters.merge(model)
     dtype = export_dtype or (torch.float32 if recipe.precision is Precision.FLOAT32 else torch.bfloat16)
     export_model(model, checkpoint, folder / "model", dtype=dtype, is_writer=ranks.is_first)
+    ranks.wait()  # the next stage starts from what the first process writes
     return Outcome(model=folder / "model", progress=progress, loss=run.last_loss)
 
 
