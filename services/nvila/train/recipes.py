@@ -305,7 +305,7 @@ def _tiny(stage: str, trained: tuple[str, ...], lr: float, data: str, seed: int)
 
 def tiny_tower() -> Recipe:
     """In place of SigLIP's own pre-training: shapes, colours and letters, patch by patch."""
-    recipe = _tiny("tower", (TOWER,), 1e-3, "synthetic:patches", 0)
+    recipe = _tiny("tower", (TOWER,), 1e-3, "synthetic:patches" + TINY_RAMP, 0)
     positions = 1 + 5 * 14 * 14
     return replace(
         recipe,
@@ -320,7 +320,8 @@ def tiny_base() -> Recipe:
     Cheap samples (one tile, 49 visual tokens, everything told that is to be seen) teach the tower to see and the
     language model the language of the tasks.
     """
-    return _tiny("base", EVERYTHING, 1.2e-3, TINY_SEEING + TINY_RAMP, 1)
+    recipe = _tiny("base", EVERYTHING, 1.2e-3, TINY_SEEING + TINY_RAMP, 1)
+    return replace(recipe, optim=replace(recipe.optim, tower_lr=4e-4))
 
 
 def tiny_stage1() -> Recipe:

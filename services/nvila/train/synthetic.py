@@ -63,7 +63,7 @@ class SyntheticSource:
         point, ease = np.random.Generator(np.random.PCG64([self._seed, number])).random(2)
         family = self._names[min(int(np.searchsorted(self._ends, point)), len(self._names) - 1)]
         share = min(1.0, number / self._ramp) if self._ramp else 1.0
-        if family not in DENSE and ease > share:
+        if family in TASKS and ease > share:
             family = "describing"
         return make_sample(family, self._split, self._seed, number, knobs_at(share))
 

@@ -2,7 +2,8 @@
 
 There is no SigLIP of nvila-tiny's size to begin with. Through answers alone a tower learns slowly what a letter is: 700
 steps of nvila-tiny's base stage from random weights left the loss where a model without eyes has it. Here every patch
-of a tile has labels of its own.
+of a tile has labels of its own, and after 37,000 tiles nvila-tiny's tower named 96 % of the colours, 65 % of the shapes
+and 27 % of the letters, of which half are smaller than 15 pixels.
 
 K kinds of labels · H, W rows and columns of pixels.
 """
@@ -23,8 +24,6 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.:"
 KINDS = {"shape": len(SHAPES) + 1, "color": len(COLOURS) + 1, "letter": len(LETTERS) + 1}
 """Labels of each kind; 0 is none of them."""
 SHAPE, COLOR, LETTER = range(3)
-SIZES_PX = (8, 48)
-"""Letters, in pixels per em of the finished picture."""
 SIDE_PX = 224
 
 
@@ -50,16 +49,20 @@ def make(draw: Draw) -> Made:
 
 
 def _write(draw: Draw, picture: Image.Image, truth_KHW: NDArray[np.uint8]) -> None:
-    """Lines of text from top to bottom, each in its own typeface, size and colours."""
+    """Lines of text from top to bottom, each in its own typeface, size and colours.
+
+    Letters are as large as in a picture that one tile shows whole, up to as large as in the tile of its largest scale.
+    """
     side = picture.width
     pen = ImageDraw.Draw(picture)
-    low, high = (size * side / SIDE_PX for size in SIZES_PX)
-    size_px = low * (high / low) ** (draw.random.random() ** 1.5)
+    smallest, largest = draw.knobs.text_px
+    low, high = smallest * side / draw.knobs.canvas_px, largest * side / SIDE_PX
+    size_px = low * (high / low) ** draw.random.random()
     is_even = draw.chance(0.6)
     y = draw.real(0, side * 0.1)
     while True:
         if not is_even:
-            size_px = low * (high / low) ** (draw.random.random() ** 1.5)
+            size_px = low * (high / low) ** draw.random.random()
         font = draw.face().font(max(6, round(size_px)), bold=draw.chance(0.4))
         line = any_piece(draw)
         while _length(font, longer := f"{line} {any_piece(draw)}") < side * draw.real(0.3, 0.95):
@@ -113,7 +116,7 @@ def _length(font: ImageFont.FreeTypeFont, line: str) -> float:
 
 def _stamp(draw: Draw, picture: Image.Image, truth_KHW: NDArray[np.uint8], hues: list[str]) -> None:
     side = picture.width
-    count = draw.whole(1, 6)
+    count = draw.whole(1, draw.knobs.objects)
     sizes = [side * draw.real(0.14, {1: 0.5, 2: 0.34, 3: 0.3, 4: 0.27}.get(count, 0.22)) for _ in range(count)]
     for size, (x, y) in zip(sizes, places(draw, side, side, sizes), strict=True):
         hue, kind = draw.one_of(hues), draw.one_of(SHAPES)
