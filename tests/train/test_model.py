@@ -21,6 +21,7 @@ from nvila.train.prepare import Prepared, PrepareSettings, prepare
 from nvila.train.samples import Sample, SampleMedia, ask
 from nvila.train.toy import make
 from nvila.types import EncodeSettings, MediaKind, PromptMedia, TokenDtype, TokensRef
+from tests.model.conftest import make_static_s2
 
 torch.set_num_threads(1)
 
@@ -28,6 +29,11 @@ torch.set_num_threads(1)
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     return Checkpoint.open(make_random_checkpoint(tmp_path_factory.mktemp("checkpoints") / "tiny"))
+
+
+@pytest.fixture(scope="module")
+def static(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint.open(make_static_s2(tmp_path_factory.mktemp("checkpoints") / "static"))
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +51,10 @@ def prepared(checkpoint: Checkpoint) -> list[Prepared]:
     return [prepare(sample, checkpoint.config, checkpoint.tokenizer(), settings) for sample in samples()]
 
 
-def test_a_sample_alone_has_the_loss_of_the_serving_code(checkpoint: Checkpoint, model: TrainableNvila) -> None:
+@pytest.mark.parametrize("kind", ["checkpoint", "static"])
+def test_a_sample_alone_has_the_loss_of_the_serving_code(kind: str, request: pytest.FixtureRequest) -> None:
+    checkpoint: Checkpoint = request.getfixturevalue(kind)
+    model = TrainableNvila.load(checkpoint)
     model.choose([])
     encoder = VisionEncoder.from_checkpoint(checkpoint)
     for sample, ready in zip(samples(), prepared(checkpoint), strict=True):
@@ -54,7 +63,7 @@ def test_a_sample_alone_has_the_loss_of_the_serving_code(checkpoint: Checkpoint,
             is_image = item.kind is MediaKind.IMAGE
             settings = EncodeSettings(
                 kind=item.kind,
-                is_tiled=is_image,
+                is_tiled=is_image and checkpoint.config.can_tile,
                 pool_sizes=() if is_image else checkpoint.config.pool_sizes,
                 token_dtype=TokenDtype.FLOAT32,
                 vision_revision="",
@@ -62,7 +71,7 @@ def test_a_sample_alone_has_the_loss_of_the_serving_code(checkpoint: Checkpoint,
             frames = item.frames_FHWC if is_image else item.look(8, checkpoint.config.tile_px)
             values[str(number)], levels = encoder.encode(frames, settings)
             ref = TokensRef(key=str(number), levels=levels)
-            media.append(PromptMedia(kind=item.kind, is_tiled=is_image, records=(ref,)))
+            media.append(PromptMedia(kind=item.kind, is_tiled=is_image and checkpoint.config.can_tile, records=(ref,)))
         labelled = label_answers(sample.messages, media, checkpoint.tokenizer(), checkpoint.config)
         embeddings_PD = splice(labelled.layout.segments, model.llm.model.embed_tokens, values)
         with torch.no_grad():
@@ -74,6 +83,16 @@ def test_a_sample_alone_has_the_loss_of_the_serving_code(checkpoint: Checkpoint,
             loss = model(row) / row.targets
 
         torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_model_with_static_s2_learns_in_all_its_parts(static: Checkpoint) -> None:
+    model = TrainableNvila.load(static)
+    for recomputes in (False, True):
+        model.choose(Module, recomputes=recomputes)
+        model(Row.of(prepared(static), "cpu")).backward()
+        for module in Module:
+            assert any(p.grad is not None and bool(p.grad.any()) for p in model.part(module).parameters()), module
+        model.zero_grad()
 
 
 @pytest.mark.parametrize("multiple", [1, 128])

@@ -95,9 +95,16 @@ class Ranks:
 
 
 def shard(model: TrainableNvila, ranks: Ranks) -> None:
-    """Share parameters, gradients and optimizer states among the processes, block by block; sums in float32."""
+    """Share parameters, gradients and optimizer states among the processes, block by block; sums in float32.
+
+    Raises `InvalidRequest` for a model whose processes would not call its parts equally often.
+    """
     if ranks.world == 1:
         return
+    if model.config.is_static_s2:  # its tower is called as often as there are tiles, and processes must call together
+        raise InvalidRequest(
+            "a model with static S2 is trained by one process: start it without torchrun and --workers"
+        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

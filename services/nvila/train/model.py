@@ -25,7 +25,8 @@ from transformers import Qwen2ForCausalLM
 
 from nvila.errors import InvalidCheckpoint
 from nvila.model.checkpoint import Checkpoint
-from nvila.model.encoder import visual_tokens
+from nvila.model.config import ImageMode
+from nvila.model.encoder import tower_features, visual_tokens
 from nvila.model.preprocess import pixel_values
 from nvila.model.projector import Projector
 from nvila.model.qwen2 import load_llm
@@ -113,7 +114,7 @@ class TrainableNvila(nn.Module):
         config = checkpoint.config
         if checkpoint.has_int8_tower or checkpoint.has_int4_llm:
             raise InvalidCheckpoint(f"{checkpoint.name} is quantised; train its original, and quantise that")
-        tower, projector = Tower(config.tower, config.tile_px, TILES), Projector.of(config)
+        tower, projector = Tower(config.tower, config.tower_px, TILES), Projector.of(config)
         tower.load_state_dict(_own(checkpoint.tower_weights()), strict=True)
         projector.load_state_dict(_own(checkpoint.projector_weights()), strict=True)
         llm = load_llm(checkpoint.layout, config.llm)
@@ -157,7 +158,7 @@ class TrainableNvila(nn.Module):
     def forward(self, row: Row) -> Tensor:
         """The summed loss over the row's targets; divide by how many there are in the whole step."""
         if self.patch_head is not None:
-            logits_NTL = self.patch_head(self._features(pixels(row.tiles_NSS3))).float()
+            logits_NTL = self.patch_head(self._features(row.tiles_NSS3)).float()
             labels_NTK = torch.stack([labels[1:] for labels in row.labels]).view(*logits_NTL.shape[:2], -1)
             return torch.stack(
                 [
@@ -191,7 +192,7 @@ class TrainableNvila(nn.Module):
         tiles_NSS3 = row.tiles_NSS3
         if not len(tiles_NSS3):
             tiles_NSS3 = tiles_NSS3.new_zeros(1, self.config.tile_px, self.config.tile_px, 3)
-        features_NTC = self._features(pixels(tiles_NSS3))
+        features_NTC = self._features(tiles_NSS3)
         values: list[Tensor] = []
         at = 0
         for item in (item for sample in row.samples for item in sample.items):
@@ -204,20 +205,26 @@ class TrainableNvila(nn.Module):
             at += item.tiles
         if values:
             return torch.cat(values)
-        unseen_TD: Tensor = self.projector(features_NTC.repeat(1, 1, self.config.scales)).flatten(0, 1)
+        scales = self.config.scales if self.config.image_mode is ImageMode.DYNAMIC_S2 else 1
+        unseen_TD: Tensor = self.projector(features_NTC.repeat(1, 1, scales)).flatten(0, 1)
         return unseen_TD[:0] + 0.0 * unseen_TD.sum()
 
-    def _features(self, pixels_N3SS: Tensor) -> Tensor:
-        learns = Module.TOWER in self.trained
-        with nullcontext() if learns else torch.no_grad():
-            if not (learns and self.recomputes):
-                features: Tensor = self.tower(pixels_N3SS)
-                return features
-            x_NTC: Tensor = self.tower.embeddings(pixels_N3SS.to(self.tower.embeddings.patch_embedding.weight.dtype))
-            for block in self.tower.encoder.layers:
-                x_NTC = recompute(block, x_NTC, None, use_reentrant=False)
-                x_NTC = x_NTC[0] if isinstance(x_NTC, tuple) else x_NTC
-            return x_NTC
+    def _features(self, tiles_NSS3: Tensor) -> Tensor:
+        values_N3SS = pixels(tiles_NSS3)
+        with nullcontext() if Module.TOWER in self.trained else torch.no_grad():
+            return tower_features(
+                self.config, values_N3SS.half() if self.config.is_static_s2 else values_N3SS, self._tower
+            )
+
+    def _tower(self, pixels_N3SS: Tensor) -> Tensor:
+        if not (Module.TOWER in self.trained and self.recomputes):
+            features: Tensor = self.tower(pixels_N3SS)
+            return features
+        x_NTC: Tensor = self.tower.embeddings(pixels_N3SS.to(self.tower.embeddings.patch_embedding.weight.dtype))
+        for block in self.tower.encoder.layers:
+            x_NTC = recompute(block, x_NTC, None, use_reentrant=False)
+            x_NTC = x_NTC[0] if isinstance(x_NTC, tuple) else x_NTC
+        return x_NTC
 
     def _splice(self, row: Row, values_TD: Tensor) -> list[Sample]:
         is_visual_P = row.ids_P == VISUAL
