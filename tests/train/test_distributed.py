@@ -14,8 +14,8 @@ from nvila.train.distributed import Ranks
 from nvila.train.plot import read_metrics
 
 
-def run(out: Path, *launcher: str) -> list[dict[str, float]]:
-    program = [*launcher, "-m", "nvila.cli.main", "train", "recipe", "nvila-tiny-image", "--from", str(out / "random")]
+def run(out: Path, recipe: str, *launcher: str) -> list[dict[str, float]]:
+    program = [*launcher, "-m", "nvila.cli.main", "train", "recipe", recipe, "--from", str(out / "random")]
     options = ["--out", str(out), "--data", "toy", "--steps", "3", "--lanes", "2", "--in-process"]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(
@@ -24,25 +24,27 @@ def run(out: Path, *launcher: str) -> list[dict[str, float]]:
         capture_output=True,
         env=environment,
     )
-    return read_metrics(out / "nvila-tiny-image" / "metrics.jsonl")
+    return read_metrics(out / recipe / "metrics.jsonl")
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
-def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recipe", ["nvila-tiny-image", "toy-smoke"])
+def test_two_processes_learn_what_one_does(tmp_path: Path, recipe: str) -> None:
+    """The first moves whole matrices, by Muon; the second shares them out."""
     from nvila.train.nvila_tiny import TOY, learn_merges, make_base
     from nvila.train.toy import texts
 
     for folder in ("one", "two"):
         make_base(tmp_path / folder / "random", TOY, learn_merges(texts(), 300))
-    alone = run(tmp_path / "one")
-    together = run(tmp_path / "two", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    alone = run(tmp_path / "one", recipe)
+    together = run(tmp_path / "two", recipe, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
     for one, two in zip(alone, together, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
         assert two["grad_norm"] == pytest.approx(one["grad_norm"], rel=1e-3)
         assert two["samples"] == one["samples"]
-    assert (tmp_path / "two" / "nvila-tiny-image" / "model" / "config.json").exists()
+    assert (tmp_path / "two" / recipe / "model" / "config.json").exists()
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ does not change: lanes are dealt to processes, gradients are summed.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -43,6 +44,17 @@ class Ranks:
         if not dist.is_initialized():
             dist.init_process_group("nccl" if kind == "cuda" else "gloo")
         return cls(rank=dist.get_rank(), world=world, device=place)
+
+    def average(self, gradients: Iterable[Tensor]) -> None:
+        """In place, over all processes, of a model that each of them has whole."""
+        if self.world == 1:
+            return
+        gradients = list(gradients)
+        joined = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(joined)
+        joined /= self.world
+        for gradient, mean in zip(gradients, torch.split(joined, [g.numel() for g in gradients]), strict=True):
+            gradient.copy_(mean.view_as(gradient))
 
     def wait(self) -> None:
         """Until every process is here."""

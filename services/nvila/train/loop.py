@@ -83,7 +83,8 @@ def train(
     torch.manual_seed(recipe.seed)
     model = TrainableNvila.load(checkpoint, ranks.device)
     _prepare(model, recipe)
-    shard(model, ranks)
+    if not recipe.optim.muon:  # which takes whole matrices
+        shard(model, ranks)
     optimizer = make_optimizer(model, recipe.optim)
     state = newest_state(folder / "state")
     progress = Progress()
@@ -181,9 +182,11 @@ class _Run:
         for samples_of_row in step.rows:
             with self._autocast():
                 summed = self._model(Row.of(samples_of_row, self._ranks.device))
-            # Sharded gradients are averaged over processes, and the sum is wanted.
+            # Gradients are averaged over processes, and the sum is wanted.
             (summed * (self._ranks.world / max(1.0, targets))).backward()
             loss += summed.detach() / max(1.0, targets)
+        if self._recipe.optim.muon:
+            self._ranks.average(p.grad for p in self._learning if p.grad is not None)
         norm = clip(self._learning, self._recipe.optim.clip_norm)
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)

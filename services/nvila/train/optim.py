@@ -1,4 +1,5 @@
-"""The optimizer: AdamW in groups, and the learning rate's course (NVILA-SPEC §8.1)."""
+"""The optimizer: AdamW in groups, with Muon for matrices where a recipe wants it, and the learning rate's course
+(NVILA-SPEC §8.1)."""
 
 from __future__ import annotations
 
@@ -19,20 +20,42 @@ def parameter_groups(model: nn.Module, settings: Optim) -> list[dict[str, Any]]:
     The reference ignores the tower's rate where the projector has its own; here both are taken as they are said.
     """
     rates = {TOWER: settings.tower_lr, PROJECTOR: settings.projector_lr}
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {}
+    groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             decays = parameter.ndim > 1 and not name.endswith("bias")
-            groups.setdefault((name.partition(".")[0], decays), []).append(parameter)
+            by_muon = settings.muon > 0 and parameter.ndim == 2 and ".layers." in name
+            groups.setdefault((name.partition(".")[0], decays, by_muon), []).append(parameter)
     return [
         {
             "params": parameters,
-            "lr": (lr := settings.lr if rates.get(module) is None else rates[module]),
+            "lr": (lr := (rates.get(module) or settings.lr) * (settings.muon if by_muon else 1.0)),
             "peak_lr": lr,
             "weight_decay": settings.weight_decay if decays else 0.0,
+            "by_muon": by_muon,
         }
-        for (module, decays), parameters in groups.items()
+        for (module, decays, by_muon), parameters in groups.items()
     ]
+
+
+class MuonAdamW(torch.optim.Optimizer):
+    """Each group by Muon or by AdamW, as its `by_muon` says; to its user one optimizer."""
+
+    def __init__(self, groups: list[dict[str, Any]], settings: Optim) -> None:
+        super().__init__(groups, {})
+        by_muon = [group for group in self.param_groups if group["by_muon"]]
+        by_adamw = [group for group in self.param_groups if not group["by_muon"]]
+        self._parts: list[torch.optim.Optimizer] = []
+        if by_muon:
+            self._parts.append(torch.optim.Muon(by_muon, adjust_lr_fn="match_rms_adamw"))
+        if by_adamw:
+            self._parts.append(torch.optim.AdamW(by_adamw, betas=settings.betas, fused=True))
+        for part in self._parts:
+            part.state = self.state  # groups are shared as they are; so are moments
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for part in self._parts:
+            part.step()
 
 
 def make_optimizer(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:
@@ -40,6 +63,8 @@ def make_optimizer(model: nn.Module, settings: Optim) -> torch.optim.Optimizer:
     groups = parameter_groups(model, settings)
     if not groups:
         raise InvalidRequest("the recipe trains no parameter")
+    if settings.muon:
+        return MuonAdamW(groups, settings)
     common: dict[str, Any] = {"lr": settings.lr, "betas": settings.betas}
     if settings.states == "float32":
         return torch.optim.AdamW(groups, **common, fused=True)
