@@ -2,8 +2,8 @@
 
 There is no SigLIP of nvila-tiny's size to begin with. Through answers alone a tower learns slowly what a letter is: 700
 steps of nvila-tiny's base stage from random weights left the loss where a model without eyes has it. Here every patch
-of a tile has labels of its own, and after 37,000 tiles nvila-tiny's tower named 96 % of the colours, 65 % of the shapes
-and 27 % of the letters, of which half are smaller than 15 pixels.
+of a tile has labels of its own: in the middle of that stage, after 58,000 tiles, nvila-tiny's tower named 64 % of the
+letters (59 % in typefaces it had never seen), 86 % of the shapes and 98 % of the colours.
 
 K kinds of labels · H, W rows and columns of pixels.
 """
