@@ -34,6 +34,13 @@ def test_muon_moves_the_matrices_of_blocks_and_adamw_everything_else(model: Trai
     assert rates["llm.model.embed_tokens.weight"] == (False, 1e-3)
 
 
+def test_a_rate_of_nothing_is_a_rate(model: TrainableNvila) -> None:
+    optimizer = make_optimizer(model, Optim(lr=1e-3, tower_lr=0.0))
+    tower = {id(p) for p in model.tower.parameters()}
+
+    assert all(g["lr"] == (0.0 if id(p) in tower else 1e-3) for g in optimizer.param_groups for p in g["params"])
+
+
 def test_a_rate_that_is_set_moves_the_weights_of_both_and_all_moments_are_kept(model: TrainableNvila) -> None:
     optimizer = make_optimizer(model, Optim(lr=1e-3, muon=5.0))
     for parameter in model.parameters():

@@ -20,6 +20,11 @@ def parameter_groups(model: nn.Module, settings: Optim) -> list[dict[str, Any]]:
     The reference ignores the tower's rate where the projector has its own; here both are taken as they are said.
     """
     rates = {TOWER: settings.tower_lr, PROJECTOR: settings.projector_lr}
+
+    def rate(module: str) -> float:
+        own = rates.get(module)
+        return settings.lr if own is None else own
+
     groups: dict[tuple[str, bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -29,7 +34,7 @@ def parameter_groups(model: nn.Module, settings: Optim) -> list[dict[str, Any]]:
     return [
         {
             "params": parameters,
-            "lr": (lr := (rates.get(module) or settings.lr) * (settings.muon if by_muon else 1.0)),
+            "lr": (lr := rate(module) * (settings.muon if by_muon else 1.0)),
             "peak_lr": lr,
             "weight_decay": settings.weight_decay if decays else 0.0,
             "by_muon": by_muon,
