@@ -125,7 +125,7 @@ def test_feeding_processes_give_the_batches_of_feeding_here(base: Path) -> None:
         for one, two, _ in zip(apart.steps(), here.steps(), range(2), strict=False):
             assert [[s.source for s in row] for row in one.rows] == [[s.source for s in row] for row in two.rows]
             assert one.states == two.states
-            assert (one.rows[0][0].tiles_NSS3 == two.rows[0][0].tiles_NSS3).all()
+            assert (one.rows[0][0].tiles_USS3 == two.rows[0][0].tiles_USS3).all()
 
 
 def test_two_lanes_of_one_process_are_the_lanes_of_two(base: Path) -> None:

@@ -154,6 +154,31 @@ def test_a_row_without_any_media_trains_the_language_model(checkpoint: Checkpoin
     model.zero_grad()
 
 
+def test_a_picture_that_a_clip_shows_again_goes_through_the_tower_once(
+    checkpoint: Checkpoint, model: TrainableNvila
+) -> None:
+    clip = make(3, 1, is_video=True)
+    shown = clip.media[0].frames_FHWC[[0, 0, 1, 0, 1, 1, 0, 2]]
+    still = replace(clip, media=(replace(clip.media[0], frames_FHWC=shown, times_s=tuple(n / 8 for n in range(8))),))
+    ready = prepare(still, checkpoint.config, checkpoint.tokenizer(), PrepareSettings(frames=(8,)))
+    every = replace(ready, tiles_USS3=ready.tiles_USS3[ready.which_N], which_N=np.arange(8))
+    model.choose([Module.TOWER])
+
+    def learned(sample: Prepared) -> tuple[float, torch.Tensor]:
+        model.zero_grad()
+        loss = model(Row.of([prepared(checkpoint)[0], sample, sample], "cpu"))
+        loss.backward()
+        gradient = model.tower.embeddings.patch_embedding.weight.grad
+        assert gradient is not None
+        return loss.item(), gradient.clone()
+
+    assert len(ready.tiles_USS3) == len(np.unique(shown, axis=0)) < 4
+    assert ready.which_N.tolist()[:5] == [0, 0, 1, 0, 1]
+    (loss, gradient), (whole_loss, whole_gradient) = learned(ready), learned(every)
+    assert loss == pytest.approx(whole_loss, rel=1e-5)
+    torch.testing.assert_close(gradient, whole_gradient, rtol=1e-3, atol=1e-4)
+
+
 def test_pixels_equal_those_of_serving() -> None:
     tiles = np.random.default_rng(0).integers(0, 256, (2, 8, 8, 3), np.uint8)
 
@@ -182,7 +207,7 @@ def test_every_image_of_a_sample_is_tiled_where_the_recipe_says_so(checkpoint: C
 
     def tiles(is_every: bool) -> int:
         settings = PrepareSettings(tiles_every_image=is_every)
-        return len(prepare(two, checkpoint.config, checkpoint.tokenizer(), settings).tiles_NSS3)
+        return len(prepare(two, checkpoint.config, checkpoint.tokenizer(), settings).which_N)
 
     assert tiles(False) == 2
     assert tiles(True) > 20

@@ -2,7 +2,7 @@
 
 A run's data are dealt into lanes (`recipes.Batch`); each lane is a `SampleSource` of its own, read here or in a process
 of its own, which also tiles and tokenises. A process is started with one JSON line and answers with frames on its
-standard output: an 8-byte length, a JSON header, the raw bytes of five arrays. It ends when its reader is gone.
+standard output: an 8-byte length, a JSON header, the raw bytes of its arrays. It ends when its reader is gone.
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ class Feed:
                 self._states[lane] = fed.state
                 continue
             positions += ready.positions
-            tiles += len(ready.tiles_NSS3)
+            tiles += len(ready.tiles_USS3)
             if row and (positions > batch.row_positions or tiles > batch.row_tiles):
                 self._pending[lane] = fed
                 return tuple(row), skipped
@@ -259,7 +259,7 @@ def _read_all(stream: BinaryIO, ready: queue.Queue[Fed | None]) -> None:
 
 # -- the wire ---------------------------------------------------------------------------------------------------------
 
-_ARRAYS = ("tiles_NSS3", "ids_P", "labels_P", "rows_V")
+_ARRAYS = ("tiles_USS3", "which_N", "ids_P", "labels_P", "rows_V")
 
 
 def write_fed(fed: Fed, stream: BinaryIO) -> None:

@@ -4,7 +4,8 @@ tower -> scales merged or tiles as they are -> projector -> pooling -> splice ->
 tower and splice is the code that serves (`model/encoder.py`). Sharding, mixed precision, FP8 and adapters wrap this
 from outside. Modules that are not trained are in eval mode and make no gradients (NVILA-SPEC §8.1).
 
-N tiles · S tile side · T visual tokens · P positions of the row · D language-model width · n targets · V vocabulary.
+N tiles · U different ones among them · S tile side · T visual tokens · P positions of the row · D language-model width ·
+n targets · V vocabulary.
 """
 
 from __future__ import annotations
@@ -56,10 +57,12 @@ class LossSettings:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Row:
-    """Samples of one packed row, as tensors on the model's device. tiles_NSS3: uint8; ids_P: int64."""
+    """Samples of one packed row, as tensors on the model's device. tiles_USS3: uint8; ids_P: int64. which_N: rows of
+    tiles_USS3 (`Prepared`)."""
 
     samples: tuple[Prepared, ...]
-    tiles_NSS3: Tensor
+    tiles_USS3: Tensor
+    which_N: Tensor
     ids_P: Tensor
     rows_V: Tensor
     labels: tuple[Tensor, ...]
@@ -68,9 +71,12 @@ class Row:
     def of(cls, samples: Sequence[Prepared], device: torch.device | str) -> Row:
         first = np.cumsum([0, *(sample.visual_rows for sample in samples)])
         rows = [sample.rows_V + start for sample, start in zip(samples, first[:-1], strict=True)]
+        before = np.cumsum([0, *(len(sample.tiles_USS3) for sample in samples)])
+        which = [sample.which_N + start for sample, start in zip(samples, before[:-1], strict=True)]
         return cls(
             samples=tuple(samples),
-            tiles_NSS3=_to(np.concatenate([sample.tiles_NSS3 for sample in samples]), device),
+            tiles_USS3=_to(np.concatenate([sample.tiles_USS3 for sample in samples]), device),
+            which_N=_to(np.concatenate(which), device),
             ids_P=_to(np.concatenate([sample.ids_P for sample in samples]), device),
             rows_V=_to(np.concatenate(rows), device),
             labels=tuple(_to(sample.labels_P, device) for sample in samples),
@@ -158,7 +164,7 @@ class TrainableNvila(nn.Module):
     def forward(self, row: Row) -> Tensor:
         """The summed loss over the row's targets; divide by how many there are in the whole step."""
         if self.patch_head is not None:
-            logits_NTL = self.patch_head(self._features(row.tiles_NSS3)).float()
+            logits_NTL = self.patch_head(self._features(row.tiles_USS3)).float()
             labels_NTK = torch.stack([labels[1:] for labels in row.labels]).view(*logits_NTL.shape[:2], -1)
             return torch.stack(
                 [
@@ -189,10 +195,12 @@ class TrainableNvila(nn.Module):
         The tower is called once however many tiles there are, also for none: processes that share its weights have to
         call it together.
         """
-        tiles_NSS3 = row.tiles_NSS3
-        if not len(tiles_NSS3):
-            tiles_NSS3 = tiles_NSS3.new_zeros(1, self.config.tile_px, self.config.tile_px, 3)
-        features_NTC = self._features(tiles_NSS3)
+        tiles_USS3 = row.tiles_USS3
+        if not len(tiles_USS3):
+            tiles_USS3 = tiles_USS3.new_zeros(1, self.config.tile_px, self.config.tile_px, 3)
+        features_UTC = self._features(tiles_USS3)
+        repeats = len(row.which_N) > len(features_UTC)
+        features_NTC = features_UTC.index_select(0, row.which_N) if repeats else features_UTC
         values: list[Tensor] = []
         at = 0
         for item in (item for sample in row.samples for item in sample.items):
@@ -206,7 +214,7 @@ class TrainableNvila(nn.Module):
         if values:
             return torch.cat(values)
         scales = self.config.scales if self.config.image_mode is ImageMode.DYNAMIC_S2 else 1
-        unseen_TD: Tensor = self.projector(features_NTC.repeat(1, 1, scales)).flatten(0, 1)
+        unseen_TD: Tensor = self.projector(features_UTC.repeat(1, 1, scales)).flatten(0, 1)
         return unseen_TD[:0] + 0.0 * unseen_TD.sum()
 
     def _features(self, tiles_NSS3: Tensor) -> Tensor:

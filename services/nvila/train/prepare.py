@@ -4,7 +4,8 @@ All that a processor can do before the model is asked: it runs in the feeding pr
 result travels as flat arrays. The layout is the one that serving makes (`model/prompt.py`), so a model is trained on
 exactly the positions that it will be asked with.
 
-N tiles · S tile side · P prompt positions · T visual tokens of the sample · M media items.
+N tiles · U different ones among them · S tile side · P prompt positions · T visual tokens of the sample · M media
+items.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ class PrepareSettings:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Item:
-    """One media item's share of `tiles_NSS3`: how many, and how they belong together."""
+    """One media item's share of the tiles: how many, and how they belong together."""
 
     kind: MediaKind
     tiles: int
@@ -54,10 +55,13 @@ class Item:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prepared:
-    """tiles_NSS3: uint8. ids_P: int64, `VISUAL` at visual tokens. labels_P: int64. rows_V: int64, for each visual
-    position in order the row of the sample's visual tokens (media item after media item) that stands there."""
+    """tiles_USS3: uint8, each different tile once: most frames of a clip in which little happens are one picture.
+    which_N: int64, for each tile of the media the row of tiles_USS3 that it is. ids_P: int64, `VISUAL` at visual
+    tokens. labels_P: int64. rows_V: int64, for each visual position in order the row of the sample's visual tokens
+    (media item after media item) that stands there."""
 
-    tiles_NSS3: NDArray[np.uint8]
+    tiles_USS3: NDArray[np.uint8]
+    which_N: NDArray[np.int64]
     items: tuple[Item, ...]
     ids_P: NDArray[np.int64]
     labels_P: NDArray[np.int64]
@@ -93,8 +97,11 @@ def prepare(sample: Sample, config: NvilaConfig, tokenizer: ChatTokenizer, setti
         ids, labels = ids[: settings.max_positions], labels[: settings.max_positions]
         rows = rows[: int((ids == VISUAL).sum())]
     side = config.tile_px
+    tiles_NSS3 = np.concatenate([item[1] for item in tiled]) if tiled else np.zeros((0, side, side, 3), np.uint8)
+    tiles_USS3, which_N = _different(tiles_NSS3)
     return Prepared(
-        tiles_NSS3=np.concatenate([item[1] for item in tiled]) if tiled else np.zeros((0, side, side, 3), np.uint8),
+        tiles_USS3=tiles_USS3,
+        which_N=which_N,
         items=tuple(item[0] for item in tiled),
         ids_P=ids,
         labels_P=labels,
@@ -123,13 +130,23 @@ def _labelled_patches(sample: Sample, truth_KHW: NDArray[np.uint8], config: Nvil
     labels[(labels == 0) & (chance < UNLABELLED)] = IGNORE
     tile_1SS3 = resize_exact(sample.media[0].frames_FHWC[0], side, side)[None]
     return Prepared(
-        tiles_NSS3=tile_1SS3,
+        tiles_USS3=tile_1SS3,
+        which_N=np.zeros(1, np.int64),
         items=(Item(kind=MediaKind.IMAGE, tiles=1, block_size=None),),
         ids_P=np.zeros(len(labels) + 1, np.int64),
         labels_P=np.concatenate([[IGNORE], labels]),
         rows_V=np.zeros(0, np.int64),
         source=sample.name,
     )
+
+
+def _different(tiles_NSS3: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """tiles_USS3 and which_N (`Prepared`)."""
+    rows: dict[bytes, int] = {}
+    which_N = np.array([rows.setdefault(tile_SS3.tobytes(), len(rows)) for tile_SS3 in tiles_NSS3], np.int64)
+    if len(rows) == len(which_N):
+        return tiles_NSS3, which_N
+    return tiles_NSS3[np.unique(which_N, return_index=True)[1]], which_N
 
 
 def _is_single_image(media: Sequence[SampleMedia]) -> bool:

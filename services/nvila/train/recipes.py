@@ -278,13 +278,13 @@ def finetuning(method: str, tower: str = "norms", *, tower_ratio: float = 10.0, 
 # -- nvila-tiny -------------------------------------------------------------------------------------------------------
 
 TINY_SHARE = {
-    "tower": 0.15,
-    "base": 0.33,
-    "projector": 0.02,
-    "vep": 0.05,
-    "pretrain": 0.05,
-    "image": 0.22,
-    "video": 0.18,
+    "tower": 0.24,
+    "base": 0.32,
+    "projector": 0.015,
+    "vep": 0.03,
+    "pretrain": 0.04,
+    "image": 0.165,
+    "video": 0.19,
 }
 """Of the whole training time, by stage (`tiny_stages`)."""
 
@@ -293,7 +293,7 @@ TINY_POOLS = ((8, 1, 1),)
 TINY_SEEING = "synthetic:describing*3+reading*4+images*3"
 TINY_RAMP = "@16000"
 TINY_IMAGES = "synthetic:describing+reading*2+images*6"
-TINY_MIXTURE = "synthetic:narrating*3+videos*4+images*3"
+TINY_MIXTURE = "synthetic:narrating*2+videos*6+images*2"
 
 
 def _tiny(stage: str, trained: tuple[str, ...], lr: float, data: str, seed: int) -> Recipe:
@@ -354,7 +354,8 @@ def tiny_stage2() -> Recipe:
 
 def tiny_stage3() -> Recipe:
     """Token-processor pre-training."""
-    return _tiny("pretrain", (PROJECTOR, LLM), 6e-4, TINY_MIXTURE, 4)
+    recipe = _tiny("pretrain", (PROJECTOR, LLM), 6e-4, TINY_MIXTURE, 4)
+    return replace(recipe, prepare=replace(recipe.prepare, frames=(8, 32, 16, 64)))
 
 
 def tiny_stage4() -> Recipe:
@@ -365,13 +366,13 @@ def tiny_stage4() -> Recipe:
 def tiny_stage5() -> Recipe:
     """Video instruction tuning, images among it, so that they are not forgotten; up to 256 frames.
 
-    The tower stays as the pictures left it: learning it would be two thirds of the arithmetic of a clip.
+    The tower stays as the pictures left it, and sees each picture of a clip once (`prepare.Prepared`).
     """
     recipe = _tiny("video", (PROJECTOR, LLM), 8e-4, TINY_MIXTURE, 6)
     return replace(
         recipe,
         batch=replace(recipe.batch, row_tiles=256),
-        prepare=replace(recipe.prepare, frames=(8, 16, 32, 16, 8, 16, 32, 16, 64, 16, 8, 32, 16, 32, 16, 256)),
+        prepare=replace(recipe.prepare, frames=(32, 64, 16, 128, 32, 64, 32, 256, 32, 64, 8, 128, 32, 64, 16, 256)),
     )
 
 
