@@ -4,8 +4,8 @@ tower -> scales merged or tiles as they are -> projector -> pooling -> splice ->
 tower and splice is the code that serves (`model/encoder.py`). Sharding, mixed precision, FP8 and adapters wrap this
 from outside. Modules that are not trained are in eval mode and make no gradients (NVILA-SPEC §8.1).
 
-N tiles · U different ones among them · S tile side · T visual tokens · P positions of the row · D language-model width ·
-n targets · V vocabulary.
+N tiles · U different ones among them · S tile side · T visual tokens · P positions of the row ·
+D language-model width · n targets · V vocabulary.
 """
 
 from __future__ import annotations
