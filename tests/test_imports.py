@@ -35,6 +35,7 @@ ALLOWED = {
     "nvila.recordings.types": set(),
     "nvila.recordings.jobs": set(),
     "nvila.recordings.worker": set(),
+    "nvila.recordings.wording": set(),
     "nvila.gateway.pipeline": set(),
     "nvila.recordings.app": {"tritonclient", "rich", "PIL"},
     "nvila.gateway.app": {"fastapi", "tritonclient", "rich"},  # httpx takes rich along where it is installed

@@ -25,8 +25,8 @@ from nvila.recordings.captions import say_of_each
 from nvila.recordings.questions import clock
 from nvila.recordings.types import Job
 from nvila.recordings.window import Shelf
+from nvila.recordings.wording import CAPTION
 
-CAPTION = "Describe what happens in this part of a recording, in one or two sentences."
 SECTION = "Sum up these notes on part of a recording in a short paragraph, in order of time."
 WHOLE = "Sum up these notes on a recording, in order of time. Name what matters most and when it happens."
 SECTION_CHUNKS = 16

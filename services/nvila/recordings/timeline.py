@@ -20,9 +20,8 @@ from nvila.recordings.asking import (
 )
 from nvila.recordings.captions import say_of_each
 from nvila.recordings.window import Shelf
+from nvila.recordings.wording import LABEL, NOTHING
 
-QUESTION = "What happens in this part of a recording? Answer in a few words."
-NOTHING = "nothing"
 LABEL_TOKENS = 32
 
 
@@ -41,7 +40,7 @@ class TimelineHandler:
 
     async def __call__(self, claim: Held) -> Mapping[str, Any]:
         job = claim.job
-        question = text_param(job.params, "question", QUESTION)
+        question = text_param(job.params, "question", LABEL)
         tokens = count_param(job.params, "max_tokens", most=MOST_ANSWER_TOKENS, default=LABEL_TOKENS)
         steps = await Steps.of(claim)
         asked = await begin(steps, self._caller, self._windows, self._shelf, job)

@@ -29,8 +29,8 @@ from nvila.recordings.seal import Seal
 from nvila.recordings.types import Job, JobKind, RecordedChunk, Recording, RecordingState
 from nvila.recordings.webhooks import ATTEMPTS, Webhook, WebhookSender, deliver_params
 from nvila.recordings.when import ANSWER_TOKENS, verdict
+from nvila.recordings.wording import IS_IT_SO
 
-HERE = "Is this so in this part of the recording? Answer yes or no."
 _OVER = (RecordingState.COMPLETE, RecordingState.FAILED, RecordingState.DELETING)
 _AT_ONCE = 100
 
@@ -85,7 +85,7 @@ class WatchHandler:
     async def __call__(self, claim: WatchHeld) -> Mapping[str, Any]:
         job = claim.job
         assert job.recording_id is not None, "a job about a recording"
-        question = f"{text_param(job.params, 'question')}\n{text_param(job.params, 'here', HERE)}"
+        question = f"{text_param(job.params, 'question')}\n{text_param(job.params, 'here', IS_IT_SO)}"
         webhook = Webhook.of(job.params, self._seal)
         if webhook is not None:
             self._sender.check(webhook.url)

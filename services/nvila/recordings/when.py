@@ -19,8 +19,8 @@ from nvila.recordings.asking import Asked, Caller, Held, Piece, Steps, Windows, 
 from nvila.recordings.captions import say_of_each
 from nvila.recordings.types import Job
 from nvila.recordings.window import Shelf
+from nvila.recordings.wording import DOES_IT_HAPPEN
 
-HERE = "Does this happen in this part of the recording? Answer yes or no."
 ANSWER_TOKENS = 16
 METHODS = ("auto", "time_tokens", "yes_no")
 
@@ -45,7 +45,7 @@ class WhenHandler:
     async def __call__(self, claim: Held) -> Mapping[str, Any]:
         job = claim.job
         question = text_param(job.params, "question")
-        here = text_param(job.params, "here", HERE)
+        here = text_param(job.params, "here", DOES_IT_HAPPEN)
         config = NvilaConfig.from_json((await self._caller.describe()).config_json)
         asks_whether, asks_times = _method(job, config)
         steps = await Steps.of(claim)

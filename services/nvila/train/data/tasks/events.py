@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
 
+from nvila.recordings.wording import CAPTION, DOES_IT_HAPPEN, IS_IT_SO, LABEL, NOTHING
 from nvila.train.data import words
 from nvila.train.data.clips import film, length
 from nvila.train.data.draw import COLOURS, SHAPES, Draw, background, ink_on, paste, stamp, text_size, tint, write
@@ -34,6 +35,7 @@ WHEN_QUESTIONS = (
     "From when to when is the {} shown?",
     "During which time do you see the {}?",
 )
+VISIBLE_QUESTIONS = ("Is the {} visible?", "Does the {} appear?", "Do you see the {}?")
 STORY_QUESTIONS = ("What happens in the video?", "Describe the video.", "What is shown, and when?")
 COLOUR_NAMES = tuple(COLOURS)
 
@@ -153,32 +155,68 @@ def _times(first: int, end: int, fps: int) -> str:
 
 
 def narrate(draw: Draw) -> Made:
-    """Shapes one after the other, some of them again: all of it with times, and every question of the above."""
-    frames, fps = length(draw), draw.knobs.video_fps
-    count = draw.whole(1, min(4, frames // 6))
+    """Shapes one after the other, some of them again: all of it with times, every question of the above, and those
+    that the platform asks of each part of a recording. Some clips are cut out of longer ones: what is shown then begins
+    before them or goes on after them, and in some nothing happens."""
+    whole, fps = length(draw), draw.knobs.video_fps
+    count = draw.whole(1, min(4, whole // 6))
     known = list(zip(draw.some_of(COLOUR_NAMES, count), draw.some_of(SHAPES, count), strict=True))
     things = known if draw.chance(0.6) else [draw.one_of(known[: max(1, count - 1)]) for _ in range(count)]
-    turns = _turns(draw, frames, count, is_apart=True)
-    shows = [_Show(_stamp(draw, *thing), _spot(draw), a, b) for thing, (a, b) in zip(things, turns, strict=True)]
-    told = ", ".join(f"{hue} {kind} {_times(a, b, fps)}" for (hue, kind), (a, b) in zip(things, turns, strict=True))
-    asked: list[Turn] = [(draw.one_of(STORY_QUESTIONS), told)]
-    for thing in dict.fromkeys(things):
-        often, name = things.count(thing), " ".join(thing)
+    turns = _turns(draw, whole, count, is_apart=True)
+    low, high = _cut(draw, whole) if draw.chance(0.4) else (0, whole)
+    left = [
+        (thing, (max(first, low) - low, min(end, high) - low))
+        for thing, (first, end) in zip(things, turns, strict=True)
+        if min(end, high) - max(first, low) >= 2
+    ]
+    things, turns, frames = [thing for thing, _ in left], [turn for _, turn in left], high - low
+    shows = [_Show(_stamp(draw, *thing), _spot(draw), a, b) for thing, (a, b) in left]
+    names = [" ".join(thing) for thing in things]
+    told = ", ".join(f"{name} {_times(a, b, fps)}" for name, (a, b) in zip(names, turns, strict=True))
+    asked: list[Turn] = [(draw.one_of(STORY_QUESTIONS), told or NOTHING)]
+    asked += [(LABEL, ", ".join(names) or NOTHING), (CAPTION, _caption(names)), *_whether(draw, things)]
+    for name in dict.fromkeys(names):
+        often = names.count(name)
         asked.append((draw.one_of(FLASHES_QUESTIONS).format(name), str(often)))
         if often == 1:
-            first, end = turns[things.index(thing)]
-            asked.append((draw.one_of(WHEN_QUESTIONS).format(name), _times(first, end, fps)))
-    for noun, names in (("color", [hue for hue, _ in things]), ("shape", [kind for _, kind in things])):
-        for place, name in enumerate(names):
-            spoken = "last" if place == count - 1 and draw.chance(0.5) else ORDINALS[place]
-            asked.append((draw.one_of(PLACE_QUESTIONS).format(noun=noun, place=spoken), name))
-        if len(set(names)) == count > 1:
-            one, other = draw.some_of(range(count), 2)
-            earlier = draw.one_of(EARLIER_QUESTIONS).format(names[one], names[other])
-            asked.append((earlier, names[min(one, other)]))
+            asked.append((draw.one_of(WHEN_QUESTIONS).format(name), _times(*turns[names.index(name)], fps)))
+    for noun, traits in (("color", [hue for hue, _ in things]), ("shape", [kind for _, kind in things])):
+        for place, trait in enumerate(traits):
+            spoken = "last" if place == len(things) - 1 and draw.chance(0.5) else ORDINALS[place]
+            asked.append((draw.one_of(PLACE_QUESTIONS).format(noun=noun, place=spoken), trait))
+        if len(set(traits)) == len(things) > 1:
+            one, other = draw.some_of(range(len(things)), 2)
+            earlier = draw.one_of(EARLIER_QUESTIONS).format(traits[one], traits[other])
+            asked.append((earlier, traits[min(one, other)]))
     question, answer = asked[0] if draw.chance(0.3) else draw.one_of(asked)
     made = _made(draw, "story", question, answer, frames, shows, [hue for hue, _ in things])
     return replace(made, more=told_too(draw, asked, question))
+
+
+def _cut(draw: Draw, frames: int) -> tuple[int, int]:
+    """First frame and end of a part of a clip, half of it or less."""
+    kept = max(8, round(frames * draw.real(0.1, 0.5)))
+    first = draw.whole(0, frames - kept)
+    return first, first + kept
+
+
+def _caption(names: Sequence[str]) -> str:
+    if not names:
+        return "Nothing happens."
+    first, *others = [f"an {name}" if name[0] in "aeiou" else f"a {name}" for name in names]
+    return f"{first.capitalize()} appears{''.join(f', then {other}' for other in others)}."
+
+
+def _whether(draw: Draw, things: Sequence[tuple[str, str]]) -> list[Turn]:
+    """Of one that is there and of two that are not, one of which is nearly so; in the words of both kinds of job."""
+    absent = [(hue, kind) for hue in COLOUR_NAMES for kind in SHAPES if (hue, kind) not in things]
+    alike = [one for one in absent if any((one[0] == hue) != (one[1] == kind) for hue, kind in things)]
+    asked = [draw.one_of(alike or absent), draw.one_of(absent), *draw.some_of(things, min(2, len(things)))]
+    turns = []
+    for thing in asked:
+        questions, tail = draw.one_of(((WHEN_QUESTIONS, DOES_IT_HAPPEN), (VISIBLE_QUESTIONS, IS_IT_SO)))
+        turns.append((f"{draw.one_of(questions).format(' '.join(thing))}\n{tail}", "yes" if thing in things else "no"))
+    return turns
 
 
 # -- common -----------------------------------------------------------------------------------------------------------
