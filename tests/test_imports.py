@@ -21,6 +21,7 @@ ALLOWED = {
     "nvila.model.config": set(),
     "nvila.model.cost": set(),
     "nvila.model.time_tokens": set(),
+    "nvila.model.wording": set(),
     "nvila.model.preprocess": {"PIL"},
     "nvila.video.plan": set(),
     "nvila.video.pool": set(),
@@ -35,7 +36,6 @@ ALLOWED = {
     "nvila.recordings.types": set(),
     "nvila.recordings.jobs": set(),
     "nvila.recordings.worker": set(),
-    "nvila.recordings.wording": set(),
     "nvila.gateway.pipeline": set(),
     "nvila.recordings.app": {"tritonclient", "rich", "PIL"},
     "nvila.gateway.app": {"fastapi", "tritonclient", "rich"},  # httpx takes rich along where it is installed

@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from nvila.model.estimate import text_at_most
+from nvila.model.wording import CAPTION
 from nvila.recordings.asking import (
     MOST_ANSWER_TOKENS,
     Caller,
@@ -25,7 +26,6 @@ from nvila.recordings.captions import say_of_each
 from nvila.recordings.questions import clock
 from nvila.recordings.types import Job
 from nvila.recordings.window import Shelf
-from nvila.recordings.wording import CAPTION
 
 SECTION = "Sum up these notes on part of a recording in a short paragraph, in order of time."
 WHOLE = "Sum up these notes on a recording, in order of time. Name what matters most and when it happens."

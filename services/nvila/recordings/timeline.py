@@ -6,6 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from nvila.model.wording import LABEL, NOTHING
 from nvila.recordings.asking import (
     MOST_ANSWER_TOKENS,
     Asked,
@@ -20,7 +21,6 @@ from nvila.recordings.asking import (
 )
 from nvila.recordings.captions import say_of_each
 from nvila.recordings.window import Shelf
-from nvila.recordings.wording import LABEL, NOTHING
 
 LABEL_TOKENS = 32
 

@@ -12,6 +12,7 @@ from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
 from nvila.errors import LimitExceeded
+from nvila.model.wording import IS_IT_SO
 from nvila.recordings.asking import (
     Caller,
     Piece,
@@ -29,7 +30,6 @@ from nvila.recordings.seal import Seal
 from nvila.recordings.types import Job, JobKind, RecordedChunk, Recording, RecordingState
 from nvila.recordings.webhooks import ATTEMPTS, Webhook, WebhookSender, deliver_params
 from nvila.recordings.when import ANSWER_TOKENS, verdict
-from nvila.recordings.wording import IS_IT_SO
 
 _OVER = (RecordingState.COMPLETE, RecordingState.FAILED, RecordingState.DELETING)
 _AT_ONCE = 100

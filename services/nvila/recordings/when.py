@@ -15,11 +15,11 @@ from typing import Any
 from nvila.errors import InvalidRequest
 from nvila.model.config import NvilaConfig
 from nvila.model.time_tokens import SECONDS, decode_times, parse_interval
+from nvila.model.wording import DOES_IT_HAPPEN
 from nvila.recordings.asking import Asked, Caller, Held, Piece, Steps, Windows, begin, text_param
 from nvila.recordings.captions import say_of_each
 from nvila.recordings.types import Job
 from nvila.recordings.window import Shelf
-from nvila.recordings.wording import DOES_IT_HAPPEN
 
 ANSWER_TOKENS = 16
 METHODS = ("auto", "time_tokens", "yes_no")

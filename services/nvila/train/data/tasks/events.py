@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
 
-from nvila.recordings.wording import CAPTION, DOES_IT_HAPPEN, IS_IT_SO, LABEL, NOTHING
+from nvila.model.wording import CAPTION, DOES_IT_HAPPEN, IS_IT_SO, LABEL, NOTHING
 from nvila.train.data import words
 from nvila.train.data.clips import film, length
 from nvila.train.data.draw import COLOURS, SHAPES, Draw, background, ink_on, paste, stamp, text_size, tint, write

@@ -1,5 +1,5 @@
-"""What the model is asked about a part of a recording, where a job says nothing else. nvila-tiny is trained on them too
-(`train/data/tasks/events.py`)."""
+"""What a model is asked about a part of a recording, where a job says nothing else (`recordings/`). nvila-tiny learns
+them (`train/data/tasks/events.py`)."""
 
 DOES_IT_HAPPEN = "Does this happen in this part of the recording? Answer yes or no."
 """Behind a when-question."""
