@@ -100,15 +100,10 @@ def test_a_tower_learns_to_name_patches_and_keeps_nothing_of_the_head_that_named
     assert rest.loss == pytest.approx(whole.loss, rel=1e-5)
 
 
-@pytest.mark.parametrize(
-    ("data", "names_patches", "said"), [("toy", True, "no truth"), ("synthetic:patches", False, "no answer")]
-)
-def test_data_of_another_kind_than_the_recipe_learns_from_are_refused(
-    base: Path, tmp_path: Path, data: str, names_patches: bool, said: str
-) -> None:
-    recipe = short(data=data, prepare=PrepareSettings(names_patches=names_patches), skips_bad=False)
+def test_data_without_truth_cannot_teach_a_tower_to_name_patches(base: Path, tmp_path: Path) -> None:
+    recipe = short(data="toy", prepare=PrepareSettings(names_patches=True), skips_bad=False)
 
-    with pytest.raises(InvalidRequest, match=said):
+    with pytest.raises(InvalidRequest, match="no truth"):
         train(recipe, base, tmp_path)
 
 

@@ -10,6 +10,7 @@ items.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -23,10 +24,15 @@ from nvila.model.preprocess import resize_exact, split_frames, split_image
 from nvila.model.prompt import Layout, TextIds
 from nvila.model.time_tokens import encode_times
 from nvila.model.tokenizer import ChatTokenizer
+from nvila.train.data.draw import COLOURS, SHAPES
+from nvila.train.data.tasks.letters import LETTERS
+from nvila.train.data.tasks.patches import COLOR, LETTER, SHAPE
 from nvila.train.labels import label_answers
 from nvila.train.loss import IGNORE
 from nvila.train.samples import Sample, SampleMedia
 from nvila.types import MediaKind, Message, PromptMedia, Role, TextPart, TokensRef
+
+COLOUR_NAMES = tuple(COLOURS)
 
 VISUAL = -1
 """In `ids_P`: a visual token stands here, the next of `rows_V`."""
@@ -36,12 +42,14 @@ VISUAL = -1
 class PrepareSettings:
     """`frames`: a video's, one of them drawn per sample (by the sample's own index). `max_positions`: the rest of a
     sample is cut off. `tiles_every_image`: as the reference trains (NVILA-SPEC §8.1); serving tiles a single image.
-    `names_patches`: no question is answered, but what each patch of a tile shows is named."""
+    `names_patches`: no question is answered, but what each patch of a tile shows is named. `names_tokens`: of pictures
+    with truth about their pixels the language model names what each visual token shows, besides answering."""
 
     frames: tuple[int, ...] = (8,)
     max_positions: int = 8192
     tiles_every_image: bool = True
     names_patches: bool = False
+    names_tokens: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,10 +90,9 @@ class Prepared:
 
 def prepare(sample: Sample, config: NvilaConfig, tokenizer: ChatTokenizer, settings: PrepareSettings) -> Prepared:
     """Tile, tokenise, label and lay out one sample. Raises `InvalidRequest` for one that cannot be."""
-    if settings.names_patches != (sample.truth_KHW is not None):
-        has = "no truth about its pixels" if settings.names_patches else "truth about its pixels and no answer"
-        raise InvalidRequest(f"{sample.name} has {has}: the recipe is for other data")
-    if sample.truth_KHW is not None:
+    if settings.names_patches:
+        if sample.truth_KHW is None:
+            raise InvalidRequest(f"{sample.name} has no truth about its pixels: the recipe is for other data")
         return _labelled_patches(sample, sample.truth_KHW, config)
     is_tiled = config.can_tile and (settings.tiles_every_image or _is_single_image(sample.media))
     tiled = [_tiles(media, sample, config, settings, is_tiled) for media in sample.media]
@@ -93,6 +100,9 @@ def prepare(sample: Sample, config: NvilaConfig, tokenizer: ChatTokenizer, setti
     labelled = label_answers(_timed(sample, config), media, tokenizer, config)
     ids, rows = _places(labelled.layout, media)
     labels = np.array(labelled.labels, np.int64)
+    if settings.names_tokens and sample.truth_KHW is not None:
+        block_size = tiled[0][0].block_size or (1, 1)
+        _name_tokens(labels, np.flatnonzero(ids == VISUAL), block_size, sample, sample.truth_KHW, tokenizer)
     if len(ids) > settings.max_positions:
         ids, labels = ids[: settings.max_positions], labels[: settings.max_positions]
         rows = rows[: int((ids == VISUAL).sum())]
@@ -115,6 +125,8 @@ ASIDE = (-6, 0, 6)
 """Pixels from a patch's centre to where its letters are asked for: small ones stand several in a patch."""
 UNLABELLED = 0.6
 """Share of the places that show nothing of a kind which is not asked about it."""
+NO_NAME = "-"
+"""Of a visual token that shows nothing with a name."""
 
 
 def _labelled_patches(sample: Sample, truth_KHW: NDArray[np.uint8], config: NvilaConfig) -> Prepared:
@@ -138,6 +150,42 @@ def _labelled_patches(sample: Sample, truth_KHW: NDArray[np.uint8], config: Nvil
         rows_V=np.zeros(0, np.int64),
         source=sample.name,
     )
+
+
+def _name_tokens(
+    labels_P: NDArray[np.int64],
+    visual_V: NDArray[np.int64],
+    block_size: tuple[int, int],
+    sample: Sample,
+    truth_KHW: NDArray[np.uint8],
+    tokenizer: ChatTokenizer,
+) -> None:
+    """What a visual token shows is to be said right where it stands: the letter in its middle or beside it, else the
+    shape or its colour, else nothing. Answers alone teach too slowly how visual tokens read."""
+    tiles = block_size[0] * block_size[1]
+    side = math.isqrt(len(visual_V) // tiles)
+    if tiles * side**2 != len(visual_V) or visual_V[-1] + 1 >= len(labels_P):
+        raise InvalidRequest(f"{sample.name}: only visual tokens of one picture can be named, not {len(visual_V)}")
+    cells = (block_size[0] * side, block_size[1] * side)
+    rows, columns = (
+        (np.arange(count) * 2 + 1) * size // (2 * count) for count, size in zip(cells, truth_KHW.shape[1:], strict=True)
+    )
+    beside = truth_KHW.shape[2] // (4 * cells[1])
+    letter_V, *others = (
+        truth_KHW[LETTER][rows[:, None], columns[None] + by].reshape(-1) for by in (0, -beside, beside)
+    )
+    for other_V in others:
+        letter_V = np.where(letter_V == 0, other_V, letter_V)
+    shape_V, color_V = (truth_KHW[kind][rows[:, None], columns[None]].reshape(-1) for kind in (SHAPE, COLOR))
+    chance_V2 = np.random.Generator(np.random.PCG64(sample.index)).random((len(visual_V), 2))
+    for at, letter, shape, color, (which, unlabelled) in zip(
+        visual_V, letter_V, shape_V, color_V, chance_V2, strict=True
+    ):
+        name = " " + SHAPES[shape - 1] if which < 0.5 else " " + COLOUR_NAMES[color - 1]
+        if letter or shape:
+            labels_P[at + 1] = tokenizer.encode(LETTERS[letter - 1] if letter else name)[0]
+        elif unlabelled > UNLABELLED:
+            labels_P[at + 1] = tokenizer.encode(NO_NAME)[0]
 
 
 def _different(tiles_NSS3: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

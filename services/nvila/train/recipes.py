@@ -278,21 +278,22 @@ def finetuning(method: str, tower: str = "norms", *, tower_ratio: float = 10.0, 
 # -- nvila-tiny -------------------------------------------------------------------------------------------------------
 
 TINY_SHARE = {
-    "tower": 0.24,
-    "base": 0.32,
-    "projector": 0.015,
-    "vep": 0.03,
+    "tower": 0.288,
+    "base": 0.28,
+    "projector": 0.03,
+    "vep": 0.035,
     "pretrain": 0.04,
-    "image": 0.165,
-    "video": 0.19,
+    "image": 0.155,
+    "video": 0.172,
 }
 """Of the whole training time, by stage (`tiny_stages`)."""
 
 TINY_SCALES = (224, 448)
 TINY_POOLS = ((8, 1, 1),)
-TINY_SEEING = "synthetic:describing*3+reading*4+images*3"
-TINY_RAMP = "@16000"
+TINY_SEEING = "synthetic:patches*2+describing*3+reading*4+images*2"
 TINY_IMAGES = "synthetic:describing+reading*2+images*6"
+TINY_TOWER_LR = 1e-4
+"""Where answers train it: a tenth of what naming patches does, which tells it far more in each step."""
 TINY_MIXTURE = "synthetic:narrating*2+videos*6+images*2"
 
 
@@ -305,7 +306,7 @@ def _tiny(stage: str, trained: tuple[str, ...], lr: float, data: str, seed: int)
         duration=Duration(seconds=1200 * TINY_SHARE[stage]),
         batch=Batch(rows=2, row_positions=2560, row_tiles=64, lanes=2),
         data=data,
-        prepare=PrepareSettings(max_positions=2560, tiles_every_image=False, frames=(8, 16, 16, 32)),
+        prepare=PrepareSettings(max_positions=2560, tiles_every_image=False, frames=(8, 16, 16, 32), names_tokens=True),
         recomputes=False,
         seed=seed,
         save_every=10_000,
@@ -315,7 +316,7 @@ def _tiny(stage: str, trained: tuple[str, ...], lr: float, data: str, seed: int)
 
 def tiny_tower() -> Recipe:
     """In place of SigLIP's own pre-training: shapes, colours and letters, patch by patch."""
-    recipe = _tiny("tower", (TOWER,), 1e-3, "synthetic:patches" + TINY_RAMP, 0)
+    recipe = _tiny("tower", (TOWER,), 1e-3, "synthetic:patches@16000", 0)
     positions = 1 + 5 * 14 * 14
     return replace(
         recipe,
@@ -325,13 +326,13 @@ def tiny_tower() -> Recipe:
 
 
 def tiny_base() -> Recipe:
-    """In place of Qwen2's own pre-training: everything, one tile per picture.
+    """In place of Qwen2's own pre-training: projector and language model, one tile per picture.
 
-    Cheap samples (one tile, 49 visual tokens, everything told that is to be seen) teach the tower to see and the
-    language model the language of the tasks.
+    Cheap samples (one tile, 49 visual tokens, everything told that is to be seen) teach the language model what the
+    tower's features say, and the language of the tasks. The tower rests: moved by the gradients of a language model
+    that knows nothing yet, it forgot its letters within 600 steps (79 % named rightly before, 18 % after).
     """
-    recipe = _tiny("base", EVERYTHING, 1.2e-3, TINY_SEEING + TINY_RAMP, 1)
-    return replace(recipe, optim=replace(recipe.optim, tower_lr=4e-4))
+    return _tiny("base", (PROJECTOR, LLM), 1.2e-3, TINY_SEEING + "@40000", 1)
 
 
 def tiny_stage1() -> Recipe:
@@ -344,12 +345,13 @@ def tiny_stage1() -> Recipe:
         pool_sizes=TINY_POOLS,
         video_frames=256,
     )
-    return replace(_tiny("projector", (PROJECTOR,), 2e-3, TINY_IMAGES, 2), reshape=reshape)
+    return replace(_tiny("projector", (PROJECTOR,), 2e-3, TINY_SEEING, 2), reshape=reshape)
 
 
 def tiny_stage2() -> Recipe:
     """Visual-encoder pre-training."""
-    return _tiny("vep", (TOWER, PROJECTOR), 6e-4, TINY_SEEING, 3)
+    recipe = _tiny("vep", (TOWER, PROJECTOR), 6e-4, TINY_SEEING, 3)
+    return replace(recipe, optim=replace(recipe.optim, tower_lr=TINY_TOWER_LR))
 
 
 def tiny_stage3() -> Recipe:
@@ -360,7 +362,8 @@ def tiny_stage3() -> Recipe:
 
 def tiny_stage4() -> Recipe:
     """Image instruction tuning."""
-    return _tiny("image", EVERYTHING, 6e-4, TINY_IMAGES, 5)
+    recipe = _tiny("image", EVERYTHING, 6e-4, TINY_IMAGES, 5)
+    return replace(recipe, optim=replace(recipe.optim, tower_lr=TINY_TOWER_LR))
 
 
 def tiny_stage5() -> Recipe:

@@ -10,17 +10,15 @@ K kinds of labels · H, W rows and columns of pixels.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
 from nvila.train.data.draw import COLOURS, SHAPES, Draw, background, ink_on, places, stamp, tint
 from nvila.train.data.made import Made, images
+from nvila.train.data.tasks.letters import LETTERS, length_of, mark
 from nvila.train.data.tasks.reading import any_piece
 
-LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789.:"
 KINDS = {"shape": len(SHAPES) + 1, "color": len(COLOURS) + 1, "letter": len(LETTERS) + 1}
 """Labels of each kind; 0 is none of them."""
 SHAPE, COLOR, LETTER = range(3)
@@ -65,7 +63,7 @@ def _write(draw: Draw, picture: Image.Image, truth_KHW: NDArray[np.uint8]) -> No
             size_px = low * (high / low) ** draw.random.random()
         font = draw.face().font(max(6, round(size_px)), bold=draw.chance(0.4))
         line = any_piece(draw)
-        while _length(font, longer := f"{line} {any_piece(draw)}") < side * draw.real(0.3, 0.95):
+        while length_of(font, longer := f"{line} {any_piece(draw)}") < side * draw.real(0.3, 0.95):
             line = longer
         left, top, right, bottom = font.getbbox(line, anchor="la")
         if y + bottom > side:
@@ -75,7 +73,7 @@ def _write(draw: Draw, picture: Image.Image, truth_KHW: NDArray[np.uint8]) -> No
             box = (round(x + left), round(y + top), round(x + right), round(y + bottom))
             ink = _ink(draw, pen, picture, box)
             pen.text((round(x), round(y)), line, font=font, fill=ink, anchor="la")
-            _mark(truth_KHW[LETTER], line, font, round(x), box[1], box[3])
+            mark(truth_KHW[LETTER], line, font, round(x), box[1], box[3])
         y += size_px * draw.real(1.1, 1.8)
 
 
@@ -91,27 +89,6 @@ def _ink(draw: Draw, pen: ImageDraw.ImageDraw, picture: Image.Image, box: tuple[
     dark, light = draw.whole(0, 70), draw.whole(200, 255)
     level = dark if sum(middle[:3]) > 3 * 128 else light
     return tint(draw, (level, level, level), 10)
-
-
-def _mark(
-    letters_HW: NDArray[np.uint8], line: str, font: ImageFont.FreeTypeFont, x: float, top: int, bottom: int
-) -> None:
-    for letter in line:
-        end = x + _advance(font, letter)
-        label = LETTERS.find(letter) + 1
-        if label:
-            letters_HW[max(0, top) : bottom, max(0, round(x)) : round(end)] = label
-        x = end
-
-
-@lru_cache(maxsize=1 << 16)
-def _advance(font: ImageFont.FreeTypeFont, letter: str) -> float:
-    return font.getlength(letter)
-
-
-def _length(font: ImageFont.FreeTypeFont, line: str) -> float:
-    """Without kerning, which is less than a pixel here."""
-    return sum(_advance(font, letter) for letter in line)
 
 
 def _stamp(draw: Draw, picture: Image.Image, truth_KHW: NDArray[np.uint8], hues: list[str]) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from nvila.train.data import words
 from nvila.train.data.draw import COLOURS, Colour, Draw, background, ink_on, text_size, tint, write
 from nvila.train.data.made import Made, further, images
 from nvila.train.data.tasks.documents import ask_for_line
+from nvila.train.data.tasks.letters import mark
 
 ALL = ("Read all the text.", "What is written here?", "Read everything.")
 
@@ -29,10 +31,14 @@ def make(draw: Draw) -> Made:
     pen = ImageDraw.Draw(picture)
     top = draw.real(0, max(0, height - step * len(lines)))
     indent = draw.chance(0.5)
+    truth_KHW = np.zeros((3, height, side), np.uint8)
     for row, line in enumerate(lines):
         room = max(0, side - text_size(line, font)[0] - 4)
         left = 2 + (draw.real(0, room) if indent or len(lines) == 1 else room * 0.1)
-        write(pen, (left, top + row * step), line, font, ink)
+        at = (left, top + row * step)
+        write(pen, at, line, font, ink)
+        _, above, _, below = font.getbbox(line, anchor="la")
+        mark(truth_KHW[-1], line, font, round(at[0]), round(at[1] + above), round(at[1] + below))
     asked = [(ask_for_line(draw, row), line) for row, line in enumerate(lines) if len(lines) > 1]
     return Made(
         task="text",
@@ -42,6 +48,7 @@ def make(draw: Draw) -> Made:
         metric="anls",
         notes={"text_px": size_px * draw.knobs.canvas_px // side},
         more=further(draw, asked),
+        truth_KHW=truth_KHW,
     )
 
 
