@@ -243,12 +243,14 @@ def _export(args: argparse.Namespace) -> None:
 
 
 def _ablate(args: argparse.Namespace) -> None:
+    from nvila.cli.checkpoint import NVILA_TINY, find_model
     from nvila.train.ablations import ablate
 
+    has_own = NVILA_TINY.is_dir() and not args.toy
     table = ablate(
         args.table,
         args.out,
-        start=Path(args.start) if args.start else None,
+        start=find_model(args.start) if args.start else NVILA_TINY if has_own else None,
         seconds=args.seconds,
         samples=args.samples,
         is_toy=args.toy,

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 Add = Callable[..., argparse.ArgumentParser]
+
+_LANES = min(12, os.cpu_count() or 1)
+"""Feeding processes of an ablation: as many as keep a GPU busy, where there are so many processors."""
 
 
 def stages(add: Add) -> None:
@@ -69,14 +73,14 @@ def _export(action: argparse.ArgumentParser) -> None:
 
 def _ablate(action: argparse.ArgumentParser) -> None:
     action.add_argument("table", choices=["1", "2", "3", "5", "10"], help="which table of arXiv:2412.04468")
-    action.add_argument("--from", dest="start", metavar="FOLDER", help="nvila-tiny after its base stage")
+    action.add_argument("--from", dest="start", metavar="FOLDER", help="any nvila-tiny (default: the one served)")
     action.add_argument("--out", required=True, type=Path, metavar="FOLDER")
     action.add_argument("--seconds", type=float, default=60, metavar="S", help="of training per stage (%(default)s)")
     action.add_argument(
         "--samples", type=int, default=100, metavar="N", help="held-out samples per family (%(default)s)"
     )
     action.add_argument("--toy", action="store_true", help="a few steps on a processor: proves that the command works")
-    action.add_argument("--lanes", type=int, default=12, metavar="N", help="feeding processes (%(default)s)")
+    action.add_argument("--lanes", type=int, default=_LANES, metavar="N", help="feeding processes (%(default)s)")
     action.add_argument("--stop-after", type=float, metavar="S", help="write a state and stop after S seconds")
     _json(action)
 

@@ -1,6 +1,6 @@
 """The paper's ablations on nvila-tiny, one command each: variants trained alike and scored in a table.
 
-Tables 1, 2, 3, 5 and 10 of arXiv:2412.04468 in their form, not in their numbers: this model has 19 million parameters
+Tables 1, 2, 3, 5 and 10 of arXiv:2412.04468 in their form, not in their numbers: this model has 9 million parameters
 and answers generated tasks. Every variant starts from the same checkpoint and trains for the same time; runs lie in
 folders of their own and go on where they were.
 """
