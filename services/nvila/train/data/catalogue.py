@@ -40,6 +40,7 @@ VIDEOS: Mapping[str, Callable[[Draw], Made]] = {
 DENSE: Mapping[str, Callable[[Draw], Made]] = {
     "describing": describing.make,
     "reading": reading.make,
+    "page": reading.page,
     "narrating": events.narrate,
 }
 """For pre-training: everything that is to be seen is told, so that each picture teaches as much as it can."""
