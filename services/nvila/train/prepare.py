@@ -43,13 +43,16 @@ class PrepareSettings:
     """`frames`: a video's, one of them drawn per sample (by the sample's own index). `max_positions`: the rest of a
     sample is cut off. `tiles_every_image`: as the reference trains (NVILA-SPEC §8.1); serving tiles a single image.
     `names_patches`: no question is answered, but what each patch of a tile shows is named. `names_tokens`: of pictures
-    with truth about their pixels the language model names what each visual token shows, besides answering."""
+    with truth about their pixels the language model names what each visual token shows, besides answering. `spells`:
+    numbers in answers, and all of an answer that is judged by its letters (`anls`), are learned letter by letter, which
+    is how they are seen; they decode to the same text."""
 
     frames: tuple[int, ...] = (8,)
     max_positions: int = 8192
     tiles_every_image: bool = True
     names_patches: bool = False
     names_tokens: bool = False
+    spells: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -100,6 +103,8 @@ def prepare(sample: Sample, config: NvilaConfig, tokenizer: ChatTokenizer, setti
     labelled = label_answers(_timed(sample, config), media, tokenizer, config)
     ids, rows = _places(labelled.layout, media)
     labels = np.array(labelled.labels, np.int64)
+    if settings.spells:
+        ids, labels = _spelled(ids, labels, tokenizer, spells_words=sample.metric == "anls")
     if settings.names_tokens and sample.truth_KHW is not None:
         block_size = tiled[0][0].block_size or (1, 1)
         _name_tokens(labels, np.flatnonzero(ids == VISUAL), block_size, sample, sample.truth_KHW, tokenizer)
@@ -125,6 +130,8 @@ ASIDE = (-6, 0, 6)
 """Pixels from a patch's centre to where its letters are asked for: small ones stand several in a patch."""
 UNLABELLED = 0.6
 """Share of the places that show nothing of a kind which is not asked about it."""
+SPACE = "\u0120"
+"""In the spelling of byte-level tokens."""
 NO_NAME = "-"
 """Of a visual token that shows nothing with a name."""
 
@@ -150,6 +157,22 @@ def _labelled_patches(sample: Sample, truth_KHW: NDArray[np.uint8], config: Nvil
         rows_V=np.zeros(0, np.int64),
         source=sample.name,
     )
+
+
+def _spelled(
+    ids_P: NDArray[np.int64], labels_P: NDArray[np.int64], tokenizer: ChatTokenizer, *, spells_words: bool
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Learned positions whose token stands for several letters, as one position for each letter."""
+    ids: list[int] = []
+    labels: list[int] = []
+    added = tokenizer.backend.get_added_tokens_decoder()
+    for token_id, label in zip(ids_P.tolist(), labels_P.tolist(), strict=True):
+        letters = (tokenizer.token_of(label) or "") if label >= 0 and label not in added else ""
+        is_spelled = len(letters) > 1 and (spells_words or not any(map(str.isalpha, letters.removeprefix(SPACE))))
+        spelled = [tokenizer.id_of(letter) for letter in letters] if is_spelled else [token_id]
+        ids += spelled
+        labels += spelled if is_spelled else [label]
+    return np.array(ids, np.int64), np.array(labels, np.int64)
 
 
 def _name_tokens(

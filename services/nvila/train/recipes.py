@@ -306,7 +306,9 @@ def _tiny(stage: str, trained: tuple[str, ...], lr: float, data: str, seed: int)
         duration=Duration(seconds=1200 * TINY_SHARE[stage]),
         batch=Batch(rows=2, row_positions=2560, row_tiles=64, lanes=2),
         data=data,
-        prepare=PrepareSettings(max_positions=2560, tiles_every_image=False, frames=(8, 16, 16, 32), names_tokens=True),
+        prepare=PrepareSettings(
+            max_positions=2560, tiles_every_image=False, frames=(8, 16, 16, 32), names_tokens=True, spells=True
+        ),
         recomputes=False,
         seed=seed,
         save_every=10_000,
@@ -332,7 +334,7 @@ def tiny_base() -> Recipe:
     tower's features say, and the language of the tasks. The tower rests: moved by the gradients of a language model
     that knows nothing yet, it forgot its letters within 600 steps (79 % named rightly before, 18 % after).
     """
-    return _tiny("base", (PROJECTOR, LLM), 1.2e-3, TINY_SEEING + "@45000", 1)
+    return _tiny("base", (PROJECTOR, LLM), 1.2e-3, TINY_SEEING + "@60000", 1)
 
 
 def tiny_stage1() -> Recipe:
