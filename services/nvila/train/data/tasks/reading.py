@@ -81,7 +81,7 @@ def _written(
     return Made(
         task="text",
         question=draw.one_of(ALL),
-        answer=" ".join(lines),  # a line feed would not be learned: the template's own is taken for it (train/labels.py)
+        answer=" ".join(lines),  # a line feed would not be learned: the template's is taken for it (train/labels.py)
         media=images(picture),
         metric="anls",
         notes={"text_px": round(font.size) * draw.knobs.canvas_px // width},
