@@ -174,16 +174,20 @@ def visual_tokens(
     kind: MediaKind,
     pool_sizes: Sequence[tuple[int, int, int]],
     project: Callable[[Tensor], Tensor],
+    which_F: Tensor | None = None,
 ) -> tuple[Tensor, tuple[Level, ...]]:
     """What follows the tower, for serving and training alike: rows (T, D) in the projector's dtype, and their layout.
 
-    `project`: (N, T, C) to (N, T', D), tile by tile. Differentiable.
+    `project`: (N, T, C) to (N, T', D), tile by tile. `which_F`: for a video whose features are given once for each
+    different frame, the row of every frame. Differentiable.
     """
     if block_size is not None:
         maps, sizes = merge_scales(features_NTC, [block_size], config.s2_scales, config.s2_merge_index)
         values_TD = project_map(maps[0], sizes[0], project)
         return values_TD, (Level(1, len(values_TD)),)
     tokens_NTD = _project_tiles(config, features_NTC, project)
+    if which_F is not None:
+        tokens_NTD = tokens_NTD.index_select(0, which_F)
     if kind is MediaKind.VIDEO:
         return pool_levels(tokens_NTD, pool_sizes or ((1, 1, 1),))
     return tokens_NTD.flatten(0, 1), (Level(tokens_NTD.shape[0], tokens_NTD.shape[1]),)

@@ -38,6 +38,7 @@ from nvila.train.data.tasks.patches import KINDS
 from nvila.train.loss import IGNORE, summed_loss
 from nvila.train.packing import Sample, pack
 from nvila.train.prepare import ASIDE, VISUAL, Prepared
+from nvila.types import MediaKind
 
 
 class Module(StrEnum):
@@ -199,16 +200,16 @@ class TrainableNvila(nn.Module):
         if not len(tiles_USS3):
             tiles_USS3 = tiles_USS3.new_zeros(1, self.config.tile_px, self.config.tile_px, 3)
         features_UTC = self._features(tiles_USS3)
-        repeats = len(row.which_N) > len(features_UTC)
-        features_NTC = features_UTC.index_select(0, row.which_N) if repeats else features_UTC
         values: list[Tensor] = []
         at = 0
         for item in (item for sample in row.samples for item in sample.items):
-            own_NTC = features_NTC[at : at + item.tiles]
+            which_N, which_F = row.which_N[at : at + item.tiles], None
+            if item.kind is MediaKind.VIDEO:
+                which_N, which_F = torch.unique(which_N, return_inverse=True)
+            own_NTC = features_UTC.index_select(0, which_N)
+            pools = self.config.pool_sizes
             values.append(
-                visual_tokens(self.config, own_NTC, item.block_size, item.kind, self.config.pool_sizes, self.projector)[
-                    0
-                ]
+                visual_tokens(self.config, own_NTC, item.block_size, item.kind, pools, self.projector, which_F)[0]
             )
             at += item.tiles
         if values:

@@ -278,13 +278,13 @@ def finetuning(method: str, tower: str = "norms", *, tower_ratio: float = 10.0, 
 # -- nvila-tiny -------------------------------------------------------------------------------------------------------
 
 TINY_SHARE = {
-    "tower": 0.2667,
-    "base": 0.30,
-    "projector": 0.03,
-    "vep": 0.035,
-    "pretrain": 0.04,
-    "image": 0.155,
-    "video": 0.1733,
+    "tower": 0.25,
+    "base": 0.43,
+    "projector": 0.025,
+    "vep": 0.025,
+    "pretrain": 0.035,
+    "image": 0.115,
+    "video": 0.12,
 }
 """Of the whole training time, by stage (`tiny_stages`)."""
 
