@@ -290,7 +290,7 @@ TINY_SHARE = {
 
 TINY_SCALES = (224, 448)
 TINY_POOLS = ((8, 1, 1),)
-TINY_SEEING = "synthetic:patches+describing*3+page*5+reading*2+images*2"
+TINY_SEEING = "synthetic:patches+describing*4+page*5+reading*2+images*3"
 TINY_IMAGES = "synthetic:describing+page*3+reading+images*5"
 TINY_TOWER_LR = 1e-4
 """Where answers train it: a tenth of what naming patches does, which tells it far more in each step."""
@@ -334,7 +334,7 @@ def tiny_base() -> Recipe:
     tower's features say, and the language of the tasks. The tower rests: moved by the gradients of a language model
     that knows nothing yet, it forgot its letters within 600 steps (79 % named rightly before, 18 % after).
     """
-    return _tiny("base", (PROJECTOR, LLM), 1.2e-3, TINY_SEEING + "@60000", 1)
+    return _tiny("base", (PROJECTOR, LLM), 1.2e-3, TINY_SEEING + "@100000", 1)
 
 
 def tiny_stage1() -> Recipe:
