@@ -79,8 +79,11 @@ def _without_copies(root: dict[str, Any]) -> dict[str, Any]:
 
 
 def reshape_checkpoint(source: Checkpoint, target: Path, change: Reshape) -> Path:
-    """The same tower and language model with other words about images and videos; the projector is a fresh one where it
-    is named or takes other channels."""
+    """The same tower and language model with other words about images and videos.
+
+    The projector is a fresh one where it is named. Where it is not, and more scales are joined than before, it is the
+    old one with more channels: it sees in the largest scale what it saw in the only one, and in the others nothing yet.
+    """
     layout = source.layout
     root: dict[str, Any] = _without_copies(dict(layout.root))
     if change.image_mode is not None:
@@ -114,15 +117,37 @@ def reshape_checkpoint(source: Checkpoint, target: Path, change: Reshape) -> Pat
         processor=described.processor,
         encode=source.tokenizer().encode_markup,
     )
-    is_fresh = change.projector is not None or config.projector_width != source.config.projector_width
     with torch.random.fork_rng():
         torch.manual_seed(change.seed)
-        fresh = Projector.of(config)
+        fresh = dict(Projector.of(config).state_dict())
     weights = {
         Part.LLM: layout.weights(Part.LLM).tensors(),
         Part.TOWER: layout.weights(Part.TOWER).tensors(),
-        Part.PROJECTOR: dict(fresh.state_dict()) if is_fresh else source.projector_weights(),
+        Part.PROJECTOR: fresh if change.projector is not None else _widened(source, fresh),
     }
     if config.tile_px != source.config.tile_px:
         raise InvalidRequest(f"tiles of {config.tile_px} px need another position table than {POSITIONS}'s")
     return save_checkpoint(described, weights, target)
+
+
+def _widened(source: Checkpoint, fresh: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The projector of `source` in the shapes of `fresh`; fresh as a whole where it cannot be.
+
+    The channels of a cell's scales follow each other (NVILA-SPEC §3.3), cell after cell.
+    """
+    width = source.config.projector_width
+    widened = source.projector_weights()
+    for name, tensor in fresh.items():
+        old = widened.get(name)
+        if old is None or old.shape[:-1] != tensor.shape[:-1]:
+            return fresh
+        if old.shape == tensor.shape:
+            continue
+        scales, left = divmod(tensor.shape[-1], old.shape[-1])
+        if left or old.shape[-1] % width:
+            return fresh
+        cells = old.reshape(*old.shape[:-1], -1, 1, width)
+        is_norm = tensor.ndim == 1
+        unseen = cells if is_norm else torch.zeros_like(cells)
+        widened[name] = torch.cat([*[unseen] * (scales - 1), cells], -2).flatten(-3)
+    return widened

@@ -93,7 +93,8 @@ class Batch:
 @dataclass(frozen=True, kw_only=True)
 class Reshape:
     """A stage that begins with another head on the same tower and language model: a projector with fresh weights, and
-    what the configuration says about images and videos. None keeps a field."""
+    what the configuration says about images and videos. None keeps a field; a projector that is kept takes more scales
+    in (`export.reshape_checkpoint`)."""
 
     projector: str | None = None
     image_mode: str | None = None
@@ -338,9 +339,8 @@ def tiny_base() -> Recipe:
 
 
 def tiny_stage1() -> Recipe:
-    """Projector initialisation: a new projector that takes Dynamic-S2's joined scales, and nothing else."""
+    """Projector initialisation: a projector that takes Dynamic-S2's joined scales, and nothing else."""
     reshape = Reshape(
-        projector="mlp_downsample",
         image_mode="dynamic_s2",
         s2_scales=TINY_SCALES,
         max_tiles=9,
