@@ -335,7 +335,7 @@ def tiny_base() -> Recipe:
     tower's features say, and the language of the tasks. The tower rests: moved by the gradients of a language model
     that knows nothing yet, it forgot its letters within 600 steps (79 % named rightly before, 18 % after).
     """
-    return _tiny("base", (PROJECTOR, LLM), 1.2e-3, TINY_SEEING + "@100000", 1)
+    return _tiny("base", (PROJECTOR, LLM), 4e-4, TINY_SEEING + "@60000", 1)
 
 
 def tiny_stage1() -> Recipe:
