@@ -11,7 +11,7 @@ from nvila.errors import InvalidRequest
 from nvila.model.checkpoint import Checkpoint
 from nvila.train.data.catalogue import make_sample
 from nvila.train.data.draw import Knobs, Split
-from nvila.train.data.tasks.letters import LETTERS
+from nvila.train.data.tasks.truth import LETTERS
 from nvila.train.nvila_tiny import make_base
 from nvila.train.prepare import VISUAL, Prepared, PrepareSettings, prepare
 from nvila.train.samples import Sample
@@ -50,14 +50,14 @@ def test_each_visual_token_is_to_say_which_letter_it_shows(checkpoint: Checkpoin
             assert tokenizer.token_of(int(label)) == LETTERS[letter - 1]
 
 
-def test_shapes_are_named_by_their_kind_or_colour_and_the_ground_by_nothing(checkpoint: Checkpoint) -> None:
+def test_shapes_are_named_by_their_kind_or_colour_and_the_ground_by_where_it_is(checkpoint: Checkpoint) -> None:
     names: set[str] = set()
     for index in range(30):
-        sample = make_sample("patches", Split.TRAIN, 0, index)
+        sample = make_sample("describing", Split.TRAIN, 0, index)
         ready = made(checkpoint, sample, replace(PLAIN, names_tokens=True))
         names |= set(learned(checkpoint, ready)) - set(LETTERS)
 
-    assert {"Ġcircle", "Ġsquare", "Ġred", "Ġblue", "-"} <= names
+    assert {"Ġcircle", "Ġsquare", "Ġred", "Ġblue", "top", "right"} <= names
 
 
 def test_tokens_of_several_pictures_cannot_be_named(checkpoint: Checkpoint) -> None:

@@ -34,7 +34,7 @@ from nvila.model.qwen2 import load_llm
 from nvila.model.siglip import Tower
 from nvila.model.time_tokens import time_tokens
 from nvila.train.attention import PACKED, TILES
-from nvila.train.data.tasks.patches import KINDS
+from nvila.train.data.tasks.truth import KINDS
 from nvila.train.loss import IGNORE, summed_loss
 from nvila.train.packing import Sample, pack
 from nvila.train.prepare import ASIDE, VISUAL, Prepared

@@ -25,8 +25,8 @@ from nvila.model.prompt import Layout, TextIds
 from nvila.model.time_tokens import encode_times
 from nvila.model.tokenizer import ChatTokenizer
 from nvila.train.data.draw import COLOURS, SHAPES
-from nvila.train.data.tasks.letters import LETTERS
-from nvila.train.data.tasks.patches import COLOR, LETTER, SHAPE
+from nvila.train.data.tasks.describing import place
+from nvila.train.data.tasks.truth import COLOR, LETTER, LETTERS, SHAPE
 from nvila.train.labels import label_answers
 from nvila.train.loss import IGNORE
 from nvila.train.samples import Sample, SampleMedia
@@ -43,9 +43,9 @@ class PrepareSettings:
     """`frames`: a video's, one of them drawn per sample (by the sample's own index). `max_positions`: the rest of a
     sample is cut off. `tiles_every_image`: as the reference trains (NVILA-SPEC §8.1); serving tiles a single image.
     `names_patches`: no question is answered, but what each patch of a tile shows is named. `names_tokens`: of pictures
-    with truth about their pixels the language model names what each visual token shows, besides answering. `spells`:
-    numbers in answers, and all of an answer that is judged by its letters (`anls`), are learned letter by letter, which
-    is how they are seen; they decode to the same text."""
+    with truth about their pixels the language model names what each visual token shows, or where it is, besides
+    answering. `spells`: numbers in answers, and all of an answer that is judged by its letters (`anls`), are learned
+    letter by letter, which is how they are seen; they decode to the same text."""
 
     frames: tuple[int, ...] = (8,)
     max_positions: int = 8192
@@ -132,8 +132,6 @@ UNLABELLED = 0.6
 """Share of the places that show nothing of a kind which is not asked about it."""
 SPACE = "\u0120"
 """In the spelling of byte-level tokens."""
-NO_NAME = "-"
-"""Of a visual token that shows nothing with a name."""
 
 
 def _labelled_patches(sample: Sample, truth_KHW: NDArray[np.uint8], config: NvilaConfig) -> Prepared:
@@ -184,7 +182,8 @@ def _name_tokens(
     tokenizer: ChatTokenizer,
 ) -> None:
     """What a visual token shows is to be said right where it stands: the letter in its middle or beside it, else the
-    shape or its colour, else nothing. Answers alone teach too slowly how visual tokens read."""
+    shape or its colour, else in which row or column of thirds it is. Answers alone teach too slowly how visual tokens
+    read, and hardly where they are."""
     tiles = block_size[0] * block_size[1]
     side = math.isqrt(len(visual_V) // tiles)
     if tiles * side**2 != len(visual_V) or visual_V[-1] + 1 >= len(labels_P):
@@ -201,14 +200,19 @@ def _name_tokens(
         letter_V = np.where(letter_V == 0, other_V, letter_V)
     shape_V, color_V = (truth_KHW[kind][rows[:, None], columns[None]].reshape(-1) for kind in (SHAPE, COLOR))
     chance_V2 = np.random.Generator(np.random.PCG64(sample.index)).random((len(visual_V), 2))
-    for at, letter, shape, color, (which, unlabelled) in zip(
-        visual_V, letter_V, shape_V, color_V, chance_V2, strict=True
+    for at, cell, letter, shape, color, (which, unlabelled) in zip(
+        visual_V, np.ndindex(cells), letter_V, shape_V, color_V, chance_V2, strict=True
     ):
-        name = " " + SHAPES[shape - 1] if which < 0.5 else " " + COLOUR_NAMES[color - 1]
-        if letter or shape:
-            labels_P[at + 1] = tokenizer.encode(LETTERS[letter - 1] if letter else name)[0]
+        if letter:
+            name = LETTERS[letter - 1]
+        elif shape:
+            name = " " + (SHAPES[shape - 1] if which < 0.5 else COLOUR_NAMES[color - 1])
         elif unlabelled > UNLABELLED:
-            labels_P[at + 1] = tokenizer.encode(NO_NAME)[0]
+            words = place((cell[1] + 0.5) / cells[1], (cell[0] + 0.5) / cells[0]).split()
+            name = words[int(which * len(words))]
+        else:
+            continue
+        labels_P[at + 1] = tokenizer.encode(name)[0]
 
 
 def _different(tiles_NSS3: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:

@@ -291,7 +291,7 @@ TINY_SHARE = {
 
 TINY_SCALES = (224, 448)
 TINY_POOLS = ((8, 1, 1),)
-TINY_SEEING = "synthetic:patches+describing*4+page*5+reading*2+images*3"
+TINY_SEEING = "synthetic:describing*6+page*3+reading*2+images*4"
 TINY_IMAGES = "synthetic:describing+page*3+reading+images*5"
 TINY_TOWER_LR = 1e-4
 """Where answers train it: a tenth of what naming patches does, which tells it far more in each step."""

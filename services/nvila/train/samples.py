@@ -64,7 +64,7 @@ class Sample:
     notes: dict[str, Any] = field(default_factory=dict)
     """What the generator knows besides: font, text height in pixels, layout. Never shown to a model."""
     truth_KHW: NDArray[np.uint8] | None = None
-    """What each pixel of the only picture shows, for training a tower patch by patch (data/tasks/patches.py)."""
+    """What each pixel of the only picture shows, for naming patches and visual tokens (data/tasks/truth.py)."""
 
     @property
     def name(self) -> str:

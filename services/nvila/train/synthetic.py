@@ -20,8 +20,8 @@ from nvila.train.data.draw import Knobs, Split
 from nvila.train.samples import Sample
 
 PREFIX = "synthetic:"
-TRAINING = Knobs(questions=6)
-EASY = Knobs(questions=6, objects=1, letters=1, lines=1, text_px=(48, 64))
+TRAINING = Knobs(questions=12)
+EASY = Knobs(questions=12, objects=1, letters=1, lines=1, text_px=(48, 64))
 _PART = re.compile(r"([a-z_]+)(?:\*(\d+))?")
 
 

@@ -22,7 +22,7 @@ Turn = tuple[str, str]
 class Made:
     """`task`: after the family's dot. `answers`: besides `answer`, what counts as right too. `more`: further questions
     about the same media with their answers, as many as the knobs allow. `truth_KHW`: what each pixel of a picture
-    shows (`tasks/patches.py`)."""
+    shows (`tasks/truth.py`)."""
 
     task: str
     question: str

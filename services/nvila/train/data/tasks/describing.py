@@ -31,10 +31,10 @@ def make(draw: Draw) -> Made:
     count = draw.whole(1, draw.knobs.objects)
     hues, kinds = draw.some_of(tuple(COLOURS), draw.whole(1, 4)), draw.some_of(SHAPES, draw.whole(1, 4))
     things: list[Thing] = [(draw.one_of(hues), draw.one_of(kinds)) for _ in range(count)]
-    picture, centres = arrange(draw, things, draw.knobs.canvas_px // 2)
+    picture, centres, truth_KHW = arrange(draw, things, draw.knobs.canvas_px // 2)
     order = sorted(range(count), key=lambda i: (_third(centres[i][1]), centres[i][0]))
     things, centres = [things[i] for i in order], [centres[i] for i in order]
-    told = ", ".join(f"{hue} {kind} {_place(at)}" for (hue, kind), at in zip(things, centres, strict=True))
+    told = ", ".join(f"{hue} {kind} {place(*at)}" for (hue, kind), at in zip(things, centres, strict=True))
     asked: list[Turn] = [(draw.one_of(DESCRIBE), f"{count}: {told}"), *_traits(draw, things)]
     asked += [*_counts(draw, things), *_places(draw, things, centres), *_relations(draw, things, centres)]
     question, answer = asked[0] if draw.chance(0.3) else draw.one_of(asked)
@@ -44,6 +44,7 @@ def make(draw: Draw) -> Made:
         answer=answer,
         media=images(picture),
         more=told_too(draw, asked, question),
+        truth_KHW=truth_KHW,
     )
 
 
@@ -51,8 +52,9 @@ def _third(share: float) -> int:
     return min(2, int(share * 3))
 
 
-def _place(at: At) -> str:
-    return f"{ROWS[_third(at[1])]} {COLUMNS[_third(at[0])]}".strip() or "center"
+def place(x: float, y: float) -> str:
+    """Of a point, in shares of the picture's width and height: `top left`, `left`, `center`."""
+    return f"{ROWS[_third(y)]} {COLUMNS[_third(x)]}".strip() or "center"
 
 
 def _traits(draw: Draw, things: list[Thing]) -> list[Turn]:
@@ -89,9 +91,9 @@ def _counts(draw: Draw, things: list[Thing]) -> list[Turn]:
 
 def _places(draw: Draw, things: list[Thing], centres: list[At]) -> list[Turn]:
     return [
-        (draw.one_of(POSITION_QUESTIONS).format(" ".join(thing)), _place(at))
+        (draw.one_of(POSITION_QUESTIONS).format(" ".join(thing)), place(*at))
         for thing, at in zip(things, centres, strict=True)
-        if things.count(thing) == 1 and _place(at) in PLACES
+        if things.count(thing) == 1 and place(*at) in PLACES
     ]
 
 

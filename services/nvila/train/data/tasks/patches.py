@@ -16,12 +16,9 @@ from PIL import Image, ImageDraw
 
 from nvila.train.data.draw import COLOURS, SHAPES, Draw, background, ink_on, places, stamp, tint
 from nvila.train.data.made import Made, images
-from nvila.train.data.tasks.letters import LETTERS, length_of, mark
 from nvila.train.data.tasks.reading import any_piece
+from nvila.train.data.tasks.truth import KINDS, LETTER, length_of, mark, put
 
-KINDS = {"shape": len(SHAPES) + 1, "color": len(COLOURS) + 1, "letter": len(LETTERS) + 1}
-"""Labels of each kind; 0 is none of them."""
-SHAPE, COLOR, LETTER = range(3)
 SIDE_PX = 224
 
 
@@ -98,9 +95,4 @@ def _stamp(draw: Draw, picture: Image.Image, truth_KHW: NDArray[np.uint8], hues:
     for size, (x, y) in zip(sizes, places(draw, side, side, sizes), strict=True):
         hue, kind = draw.one_of(hues), draw.one_of(SHAPES)
         drawn = stamp(kind, round(size), tint(draw, COLOURS[hue]), draw.real(-14, 14))
-        left, top = round(x - drawn.width / 2), round(y - drawn.height / 2)
-        picture.paste(drawn, (left, top), drawn)
-        inside_HW = np.asarray(drawn)[:, :, 3] > 128
-        where = (slice(top, top + drawn.height), slice(left, left + drawn.width))
-        for layer, label in ((SHAPE, SHAPES.index(kind) + 1), (COLOR, list(COLOURS).index(hue) + 1), (LETTER, 0)):
-            truth_KHW[layer][where][inside_HW] = label
+        put(picture, truth_KHW, drawn, (x, y), (hue, kind))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from nvila.train.data import words
 from nvila.train.data.draw import COLOURS, Colour, Draw, background, ink_on, text_size, tint, write
 from nvila.train.data.made import Made, further, images
 from nvila.train.data.tasks.documents import ask_for_line
-from nvila.train.data.tasks.letters import mark
+from nvila.train.data.tasks.truth import LETTER, mark, unknown
 
 PAGE_LINES = 6
 """Most of a page: what is read in one answer has its limits."""
@@ -69,14 +68,14 @@ def _written(
     picture, ink = _ground(draw, width, height)
     pen = ImageDraw.Draw(picture)
     top = draw.real(0, max(0, height - step * len(lines)))
-    truth_KHW = np.zeros((3, height, width), np.uint8)
+    truth_KHW = unknown(picture)
     for row, line in enumerate(lines):
         room = max(0, width - text_size(line, font)[0] - 4)
         left = 2 + (draw.real(0, room) if indents else room * 0.1)
         at = (left, top + row * step)
         write(pen, at, line, font, ink)
         _, above, _, below = font.getbbox(line, anchor="la")
-        mark(truth_KHW[-1], line, font, round(at[0]), round(at[1] + above), round(at[1] + below))
+        mark(truth_KHW[LETTER], line, font, round(at[0]), round(at[1] + above), round(at[1] + below))
     asked = [(ask_for_line(draw, row), line) for row, line in enumerate(lines) if len(lines) > 1]
     return Made(
         task="text",

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from itertools import product
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from nvila.train.data.draw import COLOURS, SHAPES, Colour, Draw, background, paste, places, stamp, tint
 from nvila.train.data.made import Made, images
+from nvila.train.data.tasks.truth import put, unknown
 
 Thing = tuple[str, str]
 """(colour, shape) by name."""
@@ -162,15 +165,18 @@ def scatter(draw: Draw, things: list[Thing], side: int = 0) -> Image.Image:
     return arrange(draw, things, side or draw.knobs.canvas_px // 2)[0]
 
 
-def arrange(draw: Draw, things: list[Thing], side: int) -> tuple[Image.Image, list[tuple[float, float]]]:
-    """`scatter`, and where the centre of each thing is, in shares of the side."""
+def arrange(
+    draw: Draw, things: list[Thing], side: int
+) -> tuple[Image.Image, list[tuple[float, float]], NDArray[np.uint8]]:
+    """`scatter`, where the centre of each thing is, in shares of the side, and what each pixel shows (`truth`)."""
     picture = background(draw, side, side, avoid=[COLOURS[hue] for hue, _ in things])
     largest = {1: 0.5, 2: 0.34, 3: 0.3, 4: 0.27}.get(len(things), 0.22)
     sizes = [side * draw.real(0.15, largest) for _ in things]
     centres = places(draw, side, side, sizes)
+    truth_KHW = unknown(picture)
     for thing, size, centre in zip(things, sizes, centres, strict=True):
-        paste(picture, _stamp(draw, thing, size), centre)
-    return picture, [(x / side, y / side) for x, y in centres]
+        put(picture, truth_KHW, _stamp(draw, thing, size), centre, thing)
+    return picture, [(x / side, y / side) for x, y in centres], truth_KHW
 
 
 def many(thing: Thing, way: str) -> str:
