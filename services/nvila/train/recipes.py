@@ -291,6 +291,7 @@ TINY_SHARE = {
 
 TINY_SCALES = (224, 448)
 TINY_POOLS = ((8, 1, 1),)
+TINY_ONE_TILE = "synthetic:describing*6+page*2+reading*2+shapes*2+scene*2+pairs@60000>28"
 TINY_SEEING = "synthetic:describing*6+page*3+reading*2+images*4"
 TINY_IMAGES = "synthetic:describing+page*3+reading+images*5"
 TINY_TOWER_LR = 1e-4
@@ -335,7 +336,7 @@ def tiny_base() -> Recipe:
     tower's features say, and the language of the tasks. The tower rests: moved by the gradients of a language model
     that knows nothing yet, it forgot its letters within 600 steps (79 % named rightly before, 18 % after).
     """
-    return _tiny("base", (PROJECTOR, LLM), 4e-4, TINY_SEEING + "@60000", 1)
+    return _tiny("base", (PROJECTOR, LLM), 4e-4, TINY_ONE_TILE, 1)
 
 
 def tiny_stage1() -> Recipe:

@@ -22,6 +22,7 @@ from nvila.train.samples import Sample
 PREFIX = "synthetic:"
 TRAINING = Knobs(questions=12)
 EASY = Knobs(questions=12, objects=1, letters=1, lines=1, text_px=(48, 64))
+_DATA = re.compile(r"([^@>]*)(?:@(\d+))?(?:>(\d+))?")
 _PART = re.compile(r"([a-z_]+)(?:\*(\d+))?")
 
 
@@ -30,7 +31,8 @@ class SyntheticSource:
 
     `ramp`: how many samples it takes from one shape and one letter to everything (`knobs_at`). From random weights a
     model otherwise learns how answers sound, and for long nothing of the pictures: with all tasks from the start,
-    nvila-tiny read none of 48 texts after 700 steps of its base stage.
+    nvila-tiny read none of 48 texts after 700 steps of its base stage. `smallest_px`: no letters smaller than this, for
+    models that see one tile: to guess what cannot be read teaches nothing.
     """
 
     def __init__(
@@ -42,11 +44,13 @@ class SyntheticSource:
         seed: int,
         split: Split = Split.TRAIN,
         ramp: int = 0,
+        smallest_px: int = 0,
     ) -> None:
         self._names = [name for name, _ in families]
         weights = np.array([weight for _, weight in families])
         self._ends = np.cumsum(weights / weights.sum())
         self._lane, self._lanes, self._seed, self._split, self._ramp = lane, lanes, seed, split, ramp
+        self._smallest_px = smallest_px
         self._next = 0
 
     def __len__(self) -> int:
@@ -65,7 +69,10 @@ class SyntheticSource:
         share = min(1.0, number / self._ramp) if self._ramp else 1.0
         if family in TASKS and ease > share:
             family = "describing"
-        return make_sample(family, self._split, self._seed, number, knobs_at(share))
+        knobs = knobs_at(share)
+        smallest, largest = knobs.text_px
+        knobs = replace(knobs, text_px=(max(smallest, self._smallest_px), largest))
+        return make_sample(family, self._split, self._seed, number, knobs)
 
     def state(self) -> dict[str, Any]:
         return {"next": self._next}
@@ -75,14 +82,16 @@ class SyntheticSource:
 
 
 def open_synthetic(data: str, *, lane: int, lanes: int, seed: int) -> SyntheticSource:
-    """`synthetic:shapes+when*3@12000`: families, and after how many samples they are as hard as they get.
+    """`synthetic:shapes+when*3@12000>28`: families, after how many samples they are as hard as they get, and the
+    smallest letters (`SyntheticSource`).
 
     Raises `InvalidRequest`.
     """
-    text, _, ramp = data.removeprefix(PREFIX).partition("@")
-    if ramp and not ramp.isdecimal():
-        raise InvalidRequest(f"{data!r}: a number of samples is expected after @, not {ramp!r}", param="data")
-    return SyntheticSource(families(text), lane=lane, lanes=lanes, seed=seed, ramp=int(ramp or 0))
+    match = _DATA.fullmatch(data.removeprefix(PREFIX))
+    if match is None:
+        raise InvalidRequest(f"{data!r}: expected families, then @SAMPLES and >PIXELS where wanted", param="data")
+    ramp, smallest_px = (int(number or 0) for number in match.groups()[1:])
+    return SyntheticSource(families(match[1]), lane=lane, lanes=lanes, seed=seed, ramp=ramp, smallest_px=smallest_px)
 
 
 def knobs_at(share: float) -> Knobs:
