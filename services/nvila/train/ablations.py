@@ -39,6 +39,8 @@ from nvila.train.tables import Table
 
 IMAGES = ("shapes", "scene", "documents", "tables", "charts")
 VIDEOS = ("motion", "order", "counting", "brief")
+PATCHES = TINY.tile_px // TINY.patch_px
+"""Along a tile's side."""
 TEST_SEED = 20_000
 """Of held-out samples; `train/data` keeps the splits' seeds apart besides."""
 
@@ -147,7 +149,7 @@ def table_1(seconds: float) -> Study:
 
 
 def _tokens(mode: str, projector: str) -> int:
-    side = -(-16 // (3 if "3x3" in projector else 2))
+    side = -(-PATCHES // (3 if "3x3" in projector else 2))
     return side**2 * (1 if mode == "resize" else 4)
 
 
