@@ -81,9 +81,11 @@ def test_what_is_read_is_learned_letter_by_letter_and_is_the_same_text(checkpoin
 
 @pytest.mark.parametrize(("family", "kept"), [("describing", "Ġ"), ("when", "<t")])
 def test_what_is_named_and_times_keep_their_own_tokens(checkpoint: Checkpoint, family: str, kept: str) -> None:
-    sample = make_sample(family, Split.TRAIN, 0, 2)
+    said: set[str] = set()
+    for index in range(8):
+        sample = make_sample(family, Split.TRAIN, 0, index)
+        tokens = learned(checkpoint, made(checkpoint, sample, replace(PLAIN, spells=True)))
+        assert tokens == learned(checkpoint, made(checkpoint, sample, PLAIN))
+        said |= set(tokens)
 
-    tokens = learned(checkpoint, made(checkpoint, sample, replace(PLAIN, spells=True)))
-
-    assert any(token.startswith(kept) and len(token) > 2 for token in tokens)
-    assert tokens == learned(checkpoint, made(checkpoint, sample, PLAIN))
+    assert any(token.startswith(kept) and len(token) > 2 for token in said)

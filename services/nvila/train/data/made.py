@@ -41,10 +41,14 @@ def further(draw: Draw, turns: Sequence[Turn]) -> tuple[Turn, ...]:
     return tuple(draw.some_of(turns, min(len(turns), draw.knobs.questions - 1)))
 
 
-def told_too(draw: Draw, turns: Sequence[Turn], asked: str) -> tuple[Turn, ...]:
-    """`further` without the question that was asked; the first, which tells everything, is always among them."""
-    others = further(draw, [turn for turn in turns[1:] if turn[0] != asked])
-    return others if asked == turns[0][0] or not others else (*others[:-1], turns[0])
+def told_last(draw: Draw, turns: Sequence[Turn]) -> tuple[Turn, tuple[Turn, ...]]:
+    """The question to begin with, and the further ones. The first of `turns`, which tells everything, comes last or
+    alone: no answer can be copied from it."""
+    others = draw.some_of(turns[1:], len(turns) - 1)
+    if not others or draw.chance(0.15):
+        return turns[0], ()
+    room = draw.knobs.questions - 1
+    return others[0], (*others[1:room], turns[0]) if room else ()
 
 
 def images(*pictures: Image.Image) -> tuple[SampleMedia, ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from nvila.train.data.draw import COLOURS, SHAPES, Draw
-from nvila.train.data.made import Made, Turn, images, told_too
+from nvila.train.data.made import Made, Turn, images, told_last
 from nvila.train.data.tasks.shapes import (
     COLOR_QUESTIONS,
     COUNT_QUESTIONS,
@@ -37,13 +37,13 @@ def make(draw: Draw) -> Made:
     told = ", ".join(f"{hue} {kind} {place(*at)}" for (hue, kind), at in zip(things, centres, strict=True))
     asked: list[Turn] = [(draw.one_of(DESCRIBE), f"{count}: {told}"), *_traits(draw, things)]
     asked += [*_counts(draw, things), *_places(draw, things, centres), *_relations(draw, things, centres)]
-    question, answer = asked[0] if draw.chance(0.3) else draw.one_of(asked)
+    (question, answer), more = told_last(draw, asked)
     return Made(
         task="scene",
         question=question,
         answer=answer,
         media=images(picture),
-        more=told_too(draw, asked, question),
+        more=more,
         truth_KHW=truth_KHW,
     )
 

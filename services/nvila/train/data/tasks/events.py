@@ -15,7 +15,7 @@ from nvila.model.wording import CAPTION, DOES_IT_HAPPEN, IS_IT_SO, LABEL, NOTHIN
 from nvila.train.data import words
 from nvila.train.data.clips import film, length
 from nvila.train.data.draw import COLOURS, SHAPES, Draw, background, ink_on, paste, stamp, text_size, tint, write
-from nvila.train.data.made import Made, Turn, clip, told_too
+from nvila.train.data.made import Made, Turn, clip, told_last
 
 ORDINALS = ("first", "second", "third", "fourth")
 PLACE_QUESTIONS = ("Which {noun} appears {place}?", "What {noun} is shown {place}?", "Which {noun} comes {place}?")
@@ -188,9 +188,9 @@ def narrate(draw: Draw) -> Made:
             one, other = draw.some_of(range(len(things)), 2)
             earlier = draw.one_of(EARLIER_QUESTIONS).format(traits[one], traits[other])
             asked.append((earlier, traits[min(one, other)]))
-    question, answer = asked[0] if draw.chance(0.3) else draw.one_of(asked)
+    (question, answer), more = told_last(draw, asked)
     made = _made(draw, "story", question, answer, frames, shows, [hue for hue, _ in things])
-    return replace(made, more=told_too(draw, asked, question))
+    return replace(made, more=more)
 
 
 def _cut(draw: Draw, frames: int) -> tuple[int, int]:
