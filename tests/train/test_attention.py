@@ -44,3 +44,23 @@ def test_every_place_of_a_tile_sees_all_of_it(dtype: torch.dtype, within: float)
 
     expected = functional.scaled_dot_product_attention(q, k, v, scale=0.25).transpose(1, 2)
     torch.testing.assert_close(seen.float(), expected, atol=within, rtol=within)
+
+
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
+def test_each_turn_sees_what_all_see_and_itself_as_if_it_were_the_only_one(dtype: torch.dtype, within: float) -> None:
+    lengths, shared, turns = (14, 9), 5, ((0, 5), (5, 9), (9, 14))
+    turns_P = torch.tensor([0] * 5 + [1] * 4 + [2] * 5 + [0] * 9)
+    q, k, v = (draw(heads, 26, seed) for seed, heads in enumerate((4, 2, 2)))
+
+    seen, _ = packed_attention(
+        nn.Module(), *(x.to(dtype) for x in (q, k, v)), None, lengths=lengths, scaling=0.25, turns_P=turns_P
+    )
+
+    for begin, end in (*turns, (14, 23)):
+        before = [*range(shared)] if 0 < begin < 14 else []
+        places = [*before, *range(begin, end)]
+        alone = functional.scaled_dot_product_attention(
+            *(x[:, :, places] for x in (q, k, v)), is_causal=True, scale=0.25, enable_gqa=True
+        )
+        expected = alone.transpose(1, 2)[:, len(before) :]
+        torch.testing.assert_close(seen[:, begin:end].float(), expected, atol=within, rtol=within)

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from nvila.errors import InvalidRequest
 from nvila.model.checkpoint import Checkpoint
@@ -13,11 +14,13 @@ from nvila.train.data.catalogue import make_sample
 from nvila.train.data.draw import Knobs, Split
 from nvila.train.data.tasks.truth import LETTERS
 from nvila.train.nvila_tiny import make_base
+from nvila.train.packing import Sample as Packing
 from nvila.train.prepare import VISUAL, Prepared, PrepareSettings, prepare
 from nvila.train.samples import Sample
 
 PLAIN = PrepareSettings(tiles_every_image=False)
 LARGE = Knobs(text_px=(56, 64))
+SMALL = Knobs(objects=3)
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +92,37 @@ def test_what_is_named_and_times_keep_their_own_tokens(checkpoint: Checkpoint, f
         said |= set(tokens)
 
     assert any(token.startswith(kept) and len(token) > 2 for token in said)
+
+
+def test_questions_asked_apart_are_each_laid_out_as_if_they_were_the_only_one(checkpoint: Checkpoint) -> None:
+    sample = make_sample("describing", Split.TRAIN, 0, 3, replace(SMALL, questions=5))
+    questions = len(sample.messages) // 2
+    ready = made(checkpoint, sample, replace(PLAIN, asks_apart=True, max_positions=4096))
+    positions = Packing(
+        embeddings_PD=torch.zeros(ready.positions, 1),
+        labels_P=torch.from_numpy(ready.labels_P),
+        turns_P=torch.from_numpy(ready.turns_P),
+    ).positions_P.numpy()
+
+    assert questions > 2
+    assert sorted(set(ready.turns_P.tolist())) == list(range(questions + 1))
+    for turn in range(questions):
+        user, answer = sample.messages[2 * turn : 2 * turn + 2]
+        user = user if turn == 0 else replace(user, parts=(*sample.messages[0].parts[:1], *user.parts))
+        alone = made(checkpoint, replace(sample, messages=(user, answer)), replace(PLAIN, max_positions=4096))
+        own = (ready.turns_P == 0) | (ready.turns_P == turn + 1)
+        np.testing.assert_array_equal(ready.ids_P[own], alone.ids_P)
+        np.testing.assert_array_equal(ready.labels_P[own], alone.labels_P)
+        np.testing.assert_array_equal(positions[own], np.arange(alone.positions))
+
+
+def test_one_conversation_in_four_stays_whole_so_that_what_was_said_before_is_used_too(checkpoint: Checkpoint) -> None:
+    several = replace(LARGE, questions=3)
+    whole = [
+        not made(
+            checkpoint, make_sample("page", Split.TRAIN, 0, i, several), replace(PLAIN, asks_apart=True)
+        ).turns_P.any()
+        for i in range(8)
+    ]
+
+    assert whole == [True, False, False, False] * 2

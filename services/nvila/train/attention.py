@@ -34,30 +34,46 @@ logger = logging.getLogger(__name__)
 def packed_attention(
     module: nn.Module, q_1APE: Tensor, k_1KPE: Tensor, v_1KPE: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
-    """What `transformers` calls in each block, with `lengths` given to the model. Returns (1, P, A, E)."""
+    """What `transformers` calls in each block, with `lengths` and `turns_P` (`packing.Packed`) given to the model.
+    Returns (1, P, A, E)."""
     lengths: Sequence[int] = kwargs["lengths"]
+    turns_P: Tensor | None = kwargs.get("turns_P")
     scale: float = kwargs["scaling"]
     # Under autocast, rotation in float32 leaves queries and keys wider than values.
     q_1APE, k_1KPE = q_1APE.to(v_1KPE.dtype), k_1KPE.to(v_1KPE.dtype)
-    if q_1APE.is_cuda and q_1APE.dtype in (torch.bfloat16, torch.float16) and _flash_works(q_1APE.shape[-1]):
+    if (
+        turns_P is None
+        and q_1APE.is_cuda
+        and q_1APE.dtype in (torch.bfloat16, torch.float16)
+        and _flash_works(q_1APE.shape[-1])
+    ):
         return _flash(q_1APE, k_1KPE, v_1KPE, lengths, scale), None
-    return _side_by_side(q_1APE, k_1KPE, v_1KPE, lengths, scale), None
+    return _side_by_side(q_1APE, k_1KPE, v_1KPE, lengths, scale, turns_P), None
 
 
 def tile_attention(
     module: nn.Module, q_NATE: Tensor, k_NATE: Tensor, v_NATE: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, None]:
     """What `transformers` calls in each block of the tower. Returns (N, T, A, E)."""
-    return _attend(q_NATE, k_NATE, v_NATE, kwargs["scaling"], is_causal=False).transpose(1, 2), None
+    return _attend(q_NATE, k_NATE, v_NATE, kwargs["scaling"]).transpose(1, 2), None
 
 
-def _side_by_side(q_1APE: Tensor, k_1KPE: Tensor, v_1KPE: Tensor, lengths: Sequence[int], scale: float) -> Tensor:
+def _side_by_side(
+    q_1APE: Tensor,
+    k_1KPE: Tensor,
+    v_1KPE: Tensor,
+    lengths: Sequence[int],
+    scale: float,
+    turns_P: Tensor | None = None,
+) -> Tensor:
     q_PAE, k_PKE, v_PKE = (x[0].transpose(0, 1) for x in (q_1APE, k_1KPE, v_1KPE))
     seen: list[Tensor] = []
     groups, back = _places(tuple(lengths))
     for places_BP in groups:
-        q, k, v = (x[places_BP.to(x.device)].transpose(1, 2) for x in (q_PAE, k_PKE, v_PKE))
-        seen.append(_attend(q, k, v, scale, is_causal=True).transpose(1, 2).flatten(0, 1))
+        places_BP = places_BP.to(q_PAE.device)
+        q, k, v = (x[places_BP].transpose(1, 2) for x in (q_PAE, k_PKE, v_PKE))
+        hidden = None if turns_P is None else _hidden(places_BP, turns_P)
+        seen.append(_attend(q, k, v, scale, hidden, is_causal=True).transpose(1, 2).flatten(0, 1))
     joined_PAE = torch.cat(seen)[back.to(q_PAE.device)]
     return functional.pad(joined_PAE, (0, 0, 0, 0, 0, q_1APE.shape[2] - sum(lengths)))[None]
 
@@ -85,17 +101,40 @@ def _places(lengths: tuple[int, ...]) -> tuple[list[Tensor], Tensor]:
     return places, back
 
 
-def _attend(q_BAPE: Tensor, k_BKPE: Tensor, v_BKPE: Tensor, scale: float, *, is_causal: bool) -> Tensor:
+def _hidden(places_BP: Tensor, turns_P: Tensor) -> Tensor:
+    """Which position (last dimension) is not seen by which, (B, 1, P, P): what comes later, and other turns."""
+    turns_BP = turns_P[places_BP.clamp(max=len(turns_P) - 1)]
+    of_others_BPP = (turns_BP[:, None] > 0) & (turns_BP[:, None] != turns_BP[:, :, None])
+    return (of_others_BPP | _later(places_BP.shape[1], places_BP.device))[:, None]
+
+
+def _later(positions: int, device: torch.device) -> Tensor:
+    return torch.ones(positions, positions, dtype=torch.bool, device=device).triu(1)
+
+
+def _attend(
+    q_BAPE: Tensor,
+    k_BKPE: Tensor,
+    v_BKPE: Tensor,
+    scale: float,
+    hidden_B1PP: Tensor | None = None,
+    *,
+    is_causal: bool = False,
+) -> Tensor:
+    """`hidden_B1PP`: what is not seen, in place of what `is_causal` says."""
     if q_BAPE.device.type != "cpu" or q_BAPE.dtype != torch.bfloat16:
+        mask = None if hidden_B1PP is None else ~hidden_B1PP
         seen: Tensor = functional.scaled_dot_product_attention(
-            q_BAPE, k_BKPE, v_BKPE, is_causal=is_causal, scale=scale, enable_gqa=True
+            q_BAPE, k_BKPE, v_BKPE, attn_mask=mask, is_causal=is_causal and mask is None, scale=scale, enable_gqa=True
         )
         return seen
     group, positions = q_BAPE.shape[1] // k_BKPE.shape[1], q_BAPE.shape[2]
     k_BAPE, v_BAPE = (x.repeat_interleave(group, 1) if group > 1 else x for x in (k_BKPE, v_BKPE))
     with torch.autocast("cpu", enabled=False):
         scores_BAPP = (q_BAPE * scale) @ k_BAPE.transpose(-1, -2)
-        if is_causal:
+        if hidden_B1PP is not None:
+            scores_BAPP = scores_BAPP.masked_fill(hidden_B1PP, -torch.inf)
+        elif is_causal:
             scores_BAPP = scores_BAPP + scores_BAPP.new_full((positions, positions), -torch.inf).triu(1)
         return torch.softmax(scores_BAPP, -1) @ v_BAPE
 

@@ -259,7 +259,7 @@ def _read_all(stream: BinaryIO, ready: queue.Queue[Fed | None]) -> None:
 
 # -- the wire ---------------------------------------------------------------------------------------------------------
 
-_ARRAYS = ("tiles_USS3", "which_N", "ids_P", "labels_P", "rows_V")
+_ARRAYS = ("tiles_USS3", "which_N", "ids_P", "labels_P", "rows_V", "turns_P")
 
 
 def write_fed(fed: Fed, stream: BinaryIO) -> None:

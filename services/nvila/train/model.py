@@ -67,6 +67,7 @@ class Row:
     ids_P: Tensor
     rows_V: Tensor
     labels: tuple[Tensor, ...]
+    turns: tuple[Tensor | None, ...]
 
     @classmethod
     def of(cls, samples: Sequence[Prepared], device: torch.device | str) -> Row:
@@ -81,6 +82,7 @@ class Row:
             ids_P=_to(np.concatenate([sample.ids_P for sample in samples]), device),
             rows_V=_to(np.concatenate(rows), device),
             labels=tuple(_to(sample.labels_P, device) for sample in samples),
+            turns=tuple(_to(sample.turns_P, device) if sample.turns_P.any() else None for sample in samples),
         )
 
     @property
@@ -184,6 +186,7 @@ class TrainableNvila(nn.Module):
             attention_mask={"full_attention": None},
             use_cache=False,
             lengths=packed.lengths,
+            turns_P=packed.turns_P,
         ).last_hidden_state
         next_1P = packed.labels_1P[:, 1:]
         is_target_1P = next_1P != IGNORE
@@ -241,7 +244,10 @@ class TrainableNvila(nn.Module):
         seen_VD = values_TD[row.rows_V].to(embeddings_PD.dtype)
         embeddings_PD = embeddings_PD.masked_scatter(is_visual_P[:, None], seen_VD)
         runs = torch.split(embeddings_PD, row.lengths)
-        return [Sample(embeddings_PD=x, labels_P=y) for x, y in zip(runs, row.labels, strict=True)]
+        return [
+            Sample(embeddings_PD=embeddings_PD, labels_P=labels_P, turns_P=turns_P)
+            for embeddings_PD, labels_P, turns_P in zip(runs, row.labels, row.turns, strict=True)
+        ]
 
 
 def pixels(tiles_NSS3: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from nvila.train.data.tasks.truth import COLOR, LETTER, LETTERS, SHAPE
 from nvila.train.labels import label_answers
 from nvila.train.loss import IGNORE
 from nvila.train.samples import Sample, SampleMedia
-from nvila.types import MediaKind, Message, PromptMedia, Role, TextPart, TokensRef
+from nvila.types import MediaKind, MediaPart, Message, PromptMedia, Role, TextPart, TokensRef
 
 COLOUR_NAMES = tuple(COLOURS)
 
@@ -44,7 +44,9 @@ class PrepareSettings:
     sample is cut off. `tiles_every_image`: as the reference trains (NVILA-SPEC §8.1); serving tiles a single image.
     `names_patches`: no question is answered, but what each patch of a tile shows is named. `names_tokens`: of pictures
     with truth about their pixels the language model names what each visual token shows, or where it is, besides
-    answering. `spells`: numbers in answers, and all of an answer that is judged by its letters (`anls`), are learned
+    answering. `asks_apart`: three of four conversations about the same media are learned as if each question were the
+    only one, behind media that are seen once (`Prepared.turns_P`): no answer can be copied from those before it.
+    `spells`: numbers in answers, and all of an answer that is judged by its letters (`anls`), are learned
     letter by letter, which is how they are seen; they decode to the same text."""
 
     frames: tuple[int, ...] = (8,)
@@ -53,6 +55,7 @@ class PrepareSettings:
     names_patches: bool = False
     names_tokens: bool = False
     spells: bool = False
+    asks_apart: bool = False
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -69,7 +72,8 @@ class Prepared:
     """tiles_USS3: uint8, each different tile once: most frames of a clip in which little happens are one picture.
     which_N: int64, for each tile of the media the row of tiles_USS3 that it is. ids_P: int64, `VISUAL` at visual
     tokens. labels_P: int64. rows_V: int64, for each visual position in order the row of the sample's visual tokens
-    (media item after media item) that stands there."""
+    (media item after media item) that stands there. turns_P: int64, 0 for what all see, else the number of the question
+    that a position belongs to, which sees nothing of the other questions and stands right behind what all see."""
 
     tiles_USS3: NDArray[np.uint8]
     which_N: NDArray[np.int64]
@@ -77,6 +81,7 @@ class Prepared:
     ids_P: NDArray[np.int64]
     labels_P: NDArray[np.int64]
     rows_V: NDArray[np.int64]
+    turns_P: NDArray[np.int64]
     visual_rows: int = 0
     """T: rows of visual tokens that its media give."""
     source: str = ""
@@ -100,16 +105,22 @@ def prepare(sample: Sample, config: NvilaConfig, tokenizer: ChatTokenizer, setti
     is_tiled = config.can_tile and (settings.tiles_every_image or _is_single_image(sample.media))
     tiled = [_tiles(media, sample, config, settings, is_tiled) for media in sample.media]
     media = [item[2] for item in tiled]
-    labelled = label_answers(_timed(sample, config), media, tokenizer, config)
-    ids, rows = _places(labelled.layout, media)
-    labels = np.array(labelled.labels, np.int64)
-    if settings.spells:
-        ids, labels = _spelled(ids, labels, tokenizer, spells_words=sample.metric == "anls")
+    told = _timed(sample, config)
+    asked = [told]
+    if settings.asks_apart and sample.index % 4 and sample.media:
+        asked = _apart(told)
+    laid = [_lay_out(messages, media, sample, config, tokenizer, settings) for messages in asked]
+    rows = laid[0][2]
+    begin = int(np.flatnonzero(laid[0][0] == VISUAL)[-1]) + 1 if len(laid) > 1 else 0
+    ids, labels = (np.concatenate([laid[0][kind][:begin], *(one[kind][begin:] for one in laid)]) for kind in (0, 1))
+    turns = np.repeat(np.arange(len(laid) + 1), [begin, *(len(one[0]) - begin for one in laid)])
+    if len(laid) == 1:
+        turns[:] = 0
     if settings.names_tokens and sample.truth_KHW is not None:
         block_size = tiled[0][0].block_size or (1, 1)
         _name_tokens(labels, np.flatnonzero(ids == VISUAL), block_size, sample, sample.truth_KHW, tokenizer)
     if len(ids) > settings.max_positions:
-        ids, labels = ids[: settings.max_positions], labels[: settings.max_positions]
+        ids, labels, turns = (array[: settings.max_positions] for array in (ids, labels, turns))
         rows = rows[: int((ids == VISUAL).sum())]
     side = config.tile_px
     tiles_NSS3 = np.concatenate([item[1] for item in tiled]) if tiled else np.zeros((0, side, side, 3), np.uint8)
@@ -121,9 +132,38 @@ def prepare(sample: Sample, config: NvilaConfig, tokenizer: ChatTokenizer, setti
         ids_P=ids,
         labels_P=labels,
         rows_V=rows,
+        turns_P=turns,
         visual_rows=sum(item.records[0].tokens for item in media),
         source=sample.name,
     )
+
+
+def _apart(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
+    """Of a conversation whose media are all in its first message, each question with its answer as one of its own."""
+    first, *others = (message for message in messages if message.role is Role.USER)
+    answers = [message for message in messages if message.role is Role.ASSISTANT]
+    if any(message.role is Role.SYSTEM for message in messages) or len(answers) != len(others) + 1:
+        return [tuple(messages)]
+    seen = tuple(part for part in first.parts if isinstance(part, MediaPart))
+    asked = [first, *(replace(other, parts=(*seen, *other.parts)) for other in others)]
+    return [*zip(asked, answers, strict=True)]
+
+
+def _lay_out(
+    messages: Sequence[Message],
+    media: Sequence[PromptMedia],
+    sample: Sample,
+    config: NvilaConfig,
+    tokenizer: ChatTokenizer,
+    settings: PrepareSettings,
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """ids_P, labels_P and rows_V of one conversation."""
+    labelled = label_answers(messages, media, tokenizer, config)
+    ids, rows = _places(labelled.layout, media)
+    labels = np.array(labelled.labels, np.int64)
+    if settings.spells:
+        ids, labels = _spelled(ids, labels, tokenizer, spells_words=sample.metric == "anls")
+    return ids, labels, rows
 
 
 ASIDE = (-6, 0, 6)
@@ -153,6 +193,7 @@ def _labelled_patches(sample: Sample, truth_KHW: NDArray[np.uint8], config: Nvil
         ids_P=np.zeros(len(labels) + 1, np.int64),
         labels_P=np.concatenate([[IGNORE], labels]),
         rows_V=np.zeros(0, np.int64),
+        turns_P=np.zeros(len(labels) + 1, np.int64),
         source=sample.name,
     )
 

@@ -309,7 +309,12 @@ def _tiny(stage: str, trained: tuple[str, ...], lr: float, data: str, seed: int)
         batch=Batch(rows=2, row_positions=2560, row_tiles=64, lanes=2),
         data=data,
         prepare=PrepareSettings(
-            max_positions=2560, tiles_every_image=False, frames=(8, 16, 16, 32), names_tokens=True, spells=True
+            max_positions=2560,
+            tiles_every_image=False,
+            frames=(8, 16, 16, 32),
+            names_tokens=True,
+            spells=True,
+            asks_apart=True,
         ),
         recomputes=False,
         seed=seed,
