@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from nvila.cli.main import main
 
@@ -91,3 +92,15 @@ def test_baselines_are_scored_compared_and_gated(
 def test_a_folder_without_test_data_is_not_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", str(tmp_path)]) == 5
     assert "has no test data" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_training_on_a_gpu_that_is_not_there_is_refused_before_any_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "start").mkdir()
+    (tmp_path / "start" / "config.json").write_text("{}")
+    start = ["--from", str(tmp_path / "start"), "--out", str(tmp_path / "runs")]
+
+    assert main(["train", "recipe", "toy-smoke", *start, "--device", "cuda"]) == 3
+    assert "--device cuda: 0 CUDA devices are here" in capsys.readouterr().err

@@ -135,10 +135,11 @@ def _train(stages: tuple[Recipe, ...], start: Path, args: argparse.Namespace) ->
 
         show.print_json(train_on_ray(stages, start.resolve(), args.out.resolve(), args.workers, args.device))
         return
+    from nvila.quantize.checks import find_device
     from nvila.train.distributed import Ranks
     from nvila.train.loop import train_all
 
-    ranks = Ranks.join(args.device)
+    ranks = Ranks.join(find_device(args.device).type)
     with progress(ranks.is_first, as_json=args.json) as report:
         outcome = train_all(
             stages,

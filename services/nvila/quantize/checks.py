@@ -34,7 +34,7 @@ def find_device(named: str | None) -> torch.device:
     except RuntimeError as error:
         raise InvalidRequest(f"--device {named}: no such kind of device; cpu, cuda and cuda:N are known") from error
     if device.type not in ("cpu", "cuda"):
-        raise InvalidRequest(f"--device {named}: quantising runs on cpu and cuda devices")
+        raise InvalidRequest(f"--device {named}: cpu, cuda and cuda:N are known")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise InvalidRequest(f"--device {named}: {torch.cuda.device_count()} CUDA devices are here")
     return device
