@@ -105,8 +105,15 @@ async def fill(
     return replace(recording, state=state, captured_at=captured_at, ingested_s=reach_s)
 
 
-async def grow(jobs: JobStore, recording: Recording, chunk: RecordedChunk, state: RecordingState | None = None) -> None:
-    """One chunk more, as a camera's worker would write it."""
+async def grow(
+    jobs: JobStore,
+    recording: Recording,
+    chunk: RecordedChunk,
+    state: RecordingState | None = None,
+    *,
+    captured_at: float | None = None,
+) -> None:
+    """One chunk more, as a camera's worker would write it; `captured_at` with the first one."""
     await jobs.submit(
         tenant=recording.tenant,
         kind=JobKind.INGEST,
@@ -115,8 +122,9 @@ async def grow(jobs: JobStore, recording: Recording, chunk: RecordedChunk, state
         recording_id=recording.id,
     )
     claim = await made.claim(jobs, "ingest", JobKind.INGEST)
-    await claim.add_chunk(chunk)
-    await claim.update_recording(ingested_s=chunk.end_s, state=state)
+    async with claim.transaction() as now:
+        await now.add_chunk(chunk)
+        await now.update_recording(ingested_s=chunk.end_s, state=state, captured_at=captured_at)
     await claim.finish({})
 
 
@@ -253,6 +261,9 @@ class Dying:
 
     async def checkpoints(self) -> Mapping[str, Mapping[str, Any]]:
         return await self._claim.checkpoints()
+
+    async def last_checkpoint(self, steps: str) -> Mapping[str, Any] | None:
+        return await self._claim.last_checkpoint(steps)
 
     @asynccontextmanager
     async def transaction(self) -> AsyncIterator[ClaimTransaction]:

@@ -248,6 +248,18 @@ async def test_a_dead_job_is_queued_again_with_all_its_attempts_and_what_it_had_
         await jobs.retry_dead(job.id, tenant="acme")
 
 
+async def test_the_last_numbered_checkpoint_is_found_without_reading_all(jobs: JobStore) -> None:
+    await made.submit(jobs)
+    claim = await made.claim(jobs, "a")
+    assert await claim.last_checkpoint("chunk/") is None
+    for number in (8, 9, 10):
+        await claim.checkpoint(f"chunk/{number}", {"n": number})
+    await claim.checkpoint("begin", {"n": 0})
+    assert await claim.last_checkpoint("chunk/") == {"n": 10}
+    assert await claim.last_checkpoint("begin") == {"n": 0}
+    assert await claim.last_checkpoint("chunk_") is None
+
+
 async def test_jobs_that_were_over_long_ago_are_forgotten_with_all_they_said(jobs: JobStore, clock: Clock) -> None:
     old, waiting = await made.submit(jobs), await made.submit(jobs, kind=JobKind.WHEN)
     claim = await made.claim(jobs, "worker", JobKind.ASK)

@@ -122,6 +122,46 @@ async def test_a_window_ends_the_watch(asking: Asking, sender: WebhookSender) ->
     assert [window.start_s for _, window in asking.model.asked if window] == [16, 32, 48]
 
 
+@pytest.mark.parametrize("window", [{"start_s": 70.0, "end_s": 90.0}, {"start_at": CAPTURED_AT + 70.0}])
+async def test_a_window_that_is_still_to_come_is_waited_for(
+    asking: Asking, sender: WebhookSender, window: dict[str, float]
+) -> None:
+    recording = await fill(asking.jobs, 2, state=RecordingState.LIVE)
+    job = await asking.submit(JobKind.WATCH, recording, question="Is a car there?", **window)
+    watch = asyncio.create_task(_run(watching(asking, sender), await made.claim(asking.jobs, "w", JobKind.WATCH)))
+    await begun(asking, job)
+    for number in (2, 3, 4):
+        await grow(asking.jobs, recording, chunk_of(recording.id, number))
+    await grow(asking.jobs, recording, chunk_of(recording.id, 5), RecordingState.COMPLETE)
+
+    assert (await asyncio.wait_for(watch, 30))["chunks"] == 2
+    assert [window.start_s for _, window in asking.model.asked if window] == [64, 80]
+
+
+async def test_capture_times_of_a_window_are_resolved_with_the_first_frame(
+    asking: Asking, sender: WebhookSender
+) -> None:
+    recording = await fill(asking.jobs, 0, state=RecordingState.WAITING, captured_at=None)
+    job = await asking.submit(
+        JobKind.WATCH, recording, question="Is a car there?", start_at=CAPTURED_AT + 20, end_at=CAPTURED_AT + 60
+    )
+    watch = asyncio.create_task(_run(watching(asking, sender), await made.claim(asking.jobs, "w", JobKind.WATCH)))
+    await begun(asking, job)
+    await grow(asking.jobs, recording, chunk_of(recording.id, 0), captured_at=CAPTURED_AT)
+    for number in range(1, 5):
+        await grow(asking.jobs, recording, chunk_of(recording.id, number))
+
+    assert (await asyncio.wait_for(watch, 30))["chunks"] == 3
+    assert [window.start_s for _, window in asking.model.asked if window] == [16, 32, 48]
+
+
+async def test_capture_times_are_refused_for_a_recording_that_has_none(asking: Asking, sender: WebhookSender) -> None:
+    recording = await fill(asking.jobs, 2, captured_at=None)
+    await asking.submit(JobKind.WATCH, recording, question="Is a car there?", end_at=CAPTURED_AT)
+    with pytest.raises(InvalidRequest, match="nobody knows when"):
+        await watching(asking, sender)(await made.claim(asking.jobs, "w", JobKind.WATCH))
+
+
 async def test_a_still_scene_is_asked_about_once_and_alerts_once(asking: Asking, sender: WebhookSender) -> None:
     recording = await fill(
         asking.jobs, [lambda one: chunk_of(one, 0), *(partial(chunk_of, number=n, keys=[2, 2]) for n in (1, 2, 3))]

@@ -478,6 +478,21 @@ class Claim:
         async with self._database.read() as connection:
             return {row.step: row.payload for row in await connection.execute(query)}
 
+    async def last_checkpoint(self, steps: str) -> Mapping[str, Any] | None:
+        """The payload of the last of the steps `steps` and a number ("chunk/17"), or of the one step of that name; None
+        before there is any. For a job that makes more checkpoints than should be read."""
+        table = schema.checkpoints
+        query = (
+            select(table.c.payload)
+            .where(table.c.job_id == self.job.id, table.c.fingerprint == self.job.fingerprint)
+            .where(table.c.step.startswith(steps, autoescape=True))
+            .order_by(func.length(table.c.step).desc(), table.c.step.desc())
+            .limit(1)
+        )
+        async with self._database.read() as connection:
+            row = (await connection.execute(query)).first()
+        return None if row is None else row.payload
+
     async def event(self, kind: str, data: Mapping[str, Any]) -> int:
         """Tell those who follow the job. Returns the event's number."""
         async with self.transaction() as now:

@@ -11,12 +11,11 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any, Protocol
 
-from nvila.errors import LimitExceeded
+from nvila.errors import InvalidRequest, LimitExceeded
 from nvila.model.wording import IS_IT_SO
 from nvila.recordings.asking import (
     Caller,
     Piece,
-    Steps,
     Writes,
     fingerprint,
     only_ref,
@@ -24,15 +23,18 @@ from nvila.recordings.asking import (
     plain,
     text_param,
     window_of,
+    window_params,
 )
 from nvila.recordings.jobs import NewJob
 from nvila.recordings.seal import Seal
 from nvila.recordings.types import Job, JobKind, RecordedChunk, Recording, RecordingState
 from nvila.recordings.webhooks import ATTEMPTS, Webhook, WebhookSender, deliver_params
 from nvila.recordings.when import ANSWER_TOKENS, verdict
+from nvila.types import RecordingWindow
 
 _OVER = (RecordingState.COMPLETE, RecordingState.FAILED, RecordingState.DELETING)
 _AT_ONCE = 100
+_NONE_YET = {"chunks": 0, "alerts": 0, "unclear": 0}
 
 
 class Shelf(Protocol):
@@ -61,7 +63,7 @@ class WatchHeld(Protocol):
 
     @property
     def job(self) -> Job: ...
-    async def checkpoints(self) -> Mapping[str, Mapping[str, Any]]: ...
+    async def last_checkpoint(self, steps: str) -> Mapping[str, Any] | None: ...
     def transaction(self) -> AbstractAsyncContextManager[WatchWrites]: ...
 
 
@@ -89,48 +91,46 @@ class WatchHandler:
         webhook = Webhook.of(job.params, self._seal)
         if webhook is not None:
             self._sender.check(webhook.url)
-        done = dict(await claim.checkpoints())
-        steps = Steps(claim, done)
-        begin = await steps.once("begin", lambda: self._begin(job), event="begin")
-        after, end_s = begin["after"], begin["end_s"]
-        counts = {"chunks": 0, "alerts": 0, "unclear": 0}
-        for step, said in done.items():
-            if step.startswith("chunk/"):
-                after = max(after, said["chunk"])
-                _count(counts, said)
-        before = await self._shelf.chunk(job.recording_id, after) if after >= 0 else None
-        last: Mapping[str, Any] | None = done.get(f"chunk/{after}")
+        window = window_of(job)
+        begin = await claim.last_checkpoint("begin") or await self._begin(claim, window)
+        last = await claim.last_checkpoint("chunk/")  # a camera's year has a million
+        after = begin["after"] if last is None else last["chunk"]
+        before = None if last is None else await self._shelf.chunk(job.recording_id, after)
         while True:
-            recording = await self._shelf.get(job.recording_id, tenant=job.tenant)  # before its chunks
+            is_over = (await self._shelf.get(job.recording_id, tenant=job.tenant)).state in _OVER  # before its chunks
             chunks = await self._shelf.chunks(job.recording_id, after=after, limit=_AT_ONCE)
+            if not chunks:
+                if is_over:
+                    return _so_far(last)
+                await asyncio.sleep(self._poll_s)
+                continue
+            recording = await self._shelf.get(job.recording_id, tenant=job.tenant)  # its capture time came before them
+            start_s, end_s = _bounds(window, recording)
             for chunk in chunks:
                 if end_s is not None and chunk.start_s >= end_s:
-                    return counts
-                piece = piece_of(
-                    chunk, chunk.start_s, chunk.end_s, only_ref(before) if before is not None and last else None
-                )
-                last = await self._look(claim, recording, piece, question, webhook, last)
-                _count(counts, last)
+                    return _so_far(last)
+                if start_s is None or chunk.end_s > start_s:
+                    like = None if before is None or last is None else only_ref(before)
+                    piece = piece_of(chunk, chunk.start_s, chunk.end_s, like)
+                    last = await self._look(claim, recording, piece, question, webhook, last)
                 after, before = chunk.number, chunk
-            if not chunks:
-                if recording.state in _OVER:
-                    return counts
-                await asyncio.sleep(self._poll_s)
 
-    async def _begin(self, job: Job) -> Mapping[str, Any]:
-        """`after`: number of the last chunk that is not looked at."""
-        window = window_of(job)
-        recording = await self._shelf.get(window.recording_id, tenant=job.tenant)
-        at = recording.captured_at or 0.0
-        start_s = window.start_s if window.start_at is None else window.start_at - at
-        end_s = window.end_s if window.end_at is None else window.end_at - at
-        if start_s is None:
-            newest = await self._shelf.last_chunk(window.recording_id)
-            return {"after": -1 if newest is None else newest.number, "end_s": end_s}
-        first = await self._shelf.chunks(window.recording_id, start_s=start_s, limit=1)
-        newest = await self._shelf.last_chunk(window.recording_id) if not first else None
-        after = first[0].number - 1 if first else -1 if newest is None else newest.number
-        return {"after": after, "end_s": end_s}
+    async def _begin(self, claim: WatchHeld, window: RecordingWindow) -> Mapping[str, Any]:
+        """The window as it was asked for: what it is on the recording's clock may be known with the first frame only.
+        `after`: number of the last chunk that is not looked at."""
+        newest = await self._shelf.last_chunk(window.recording_id)
+        after = -1
+        if newest is not None:
+            after = newest.number
+            start_s, _ = _bounds(window, await self._shelf.get(window.recording_id, tenant=claim.job.tenant))
+            if start_s is not None:
+                first = await self._shelf.chunks(window.recording_id, start_s=start_s, limit=1)
+                after = first[0].number - 1 if first else after
+        begin = plain({"after": after, **window_params(window)})
+        async with claim.transaction() as write:
+            if await write.checkpoint("begin", begin):
+                await write.event("begin", begin)
+        return begin
 
     async def _look(
         self,
@@ -150,12 +150,18 @@ class WatchHandler:
             answer = (await self._caller.about(job, window, question, max_tokens=ANSWER_TOKENS)).text
             said |= {"is_so": verdict(answer), "answer": answer}
         said = plain(said)
+        is_alert = bool(said.get("is_so")) and not said.get("is_unchanged")
+        counts = _so_far(last)
+        counts["chunks"] += 1
+        counts["alerts"] += is_alert
+        counts["unclear"] += "is_so" in said and said["is_so"] is None
+        looked = {**said, "so_far": counts}
         async with claim.transaction() as write:
-            if await write.checkpoint(f"chunk/{piece.number}", said):
+            if await write.checkpoint(f"chunk/{piece.number}", looked):
                 await write.event("verdict", said)
-                if said.get("is_so") and not said.get("is_unchanged"):
+                if is_alert:
                     await self._alert(write, job, recording, said, webhook)
-        return said
+        return looked
 
     async def _alert(
         self, write: WatchWrites, job: Job, recording: Recording, said: Mapping[str, Any], webhook: Webhook | None
@@ -193,7 +199,19 @@ class WatchHandler:
         )
 
 
-def _count(counts: dict[str, int], said: Mapping[str, Any]) -> None:
-    counts["chunks"] += 1
-    counts["alerts"] += bool(said.get("is_so")) and not said.get("is_unchanged")
-    counts["unclear"] += "is_so" in said and said["is_so"] is None
+def _so_far(last: Mapping[str, Any] | None) -> dict[str, int]:
+    """How many chunks, alerts and unclear answers there were with this one, the last that was looked at."""
+    return dict(_NONE_YET if last is None else last["so_far"])
+
+
+def _bounds(window: RecordingWindow, recording: Recording) -> tuple[float | None, float | None]:
+    """On the recording's clock, which `start_at` may be before. Raises `InvalidRequest` when nobody knows when that
+    began."""
+    if window.start_at is None and window.end_at is None:
+        return window.start_s, window.end_s
+    at = recording.captured_at
+    if at is None:
+        raise InvalidRequest("nobody knows when this recording was captured: give start_s and end_s")
+    start_s = window.start_s if window.start_at is None else window.start_at - at
+    end_s = window.end_s if window.end_at is None else window.end_at - at
+    return start_s, end_s
