@@ -24,7 +24,7 @@ from nvila.recordings.ingest import IngestHandler
 from nvila.recordings.jobs import Claim, JobStore
 from nvila.recordings.sources import FileSources, LiveEvent
 from nvila.recordings.store import RecordingStore, new_recording_id
-from nvila.recordings.types import ChunkPolicy, JobKind, Recording, RecordingState, Source, SourceKind
+from nvila.recordings.types import ChunkPolicy, JobKind, Recording, RecordingState, Segment, Source, SourceKind
 from nvila.telemetry.metrics import Metrics
 from nvila.types import (
     Chunk,
@@ -142,7 +142,7 @@ class Told:
     def __init__(self) -> None:
         self.queue: asyncio.Queue[LiveEvent] = asyncio.Queue()
 
-    async def events(self, recording: Recording) -> AsyncGenerator[LiveEvent, None]:
+    async def events(self, recording: Recording, after: Segment | None) -> AsyncGenerator[LiveEvent, None]:
         while True:
             yield await self.queue.get()
 

@@ -14,7 +14,7 @@ from nvila.errors import ForbiddenURL, InvalidMedia, UnsupportedMedia
 from nvila.recordings.hls import HlsReader, Playlist, parse_playlist
 from nvila.recordings.seal import Seal
 from nvila.recordings.sources import Away, Ended, Footage
-from nvila.recordings.types import Recording, Source, SourceKind
+from nvila.recordings.types import Recording, Segment, Source, SourceKind
 from nvila.types import Deadline, MediaSource
 from tests.recordings import made
 from tests.recordings.taking import Local
@@ -133,6 +133,30 @@ async def test_segments_that_were_missed_keep_their_place_without_dates(web: Web
             else:
                 break
     assert at == [998.0, 1000.0 + 4 * 2.0]
+
+
+async def test_segments_that_were_missed_for_long_do_not_lie_in_the_future(web: Web, tmp_path: Path) -> None:
+    clock = made.Clock()
+    web.pages = {f"https://cdn.example/live/{n}.ts": b"x" for n in range(100)}
+    web.pages[_BASE] = playlist(80, 2, dated=False)
+    kept = Segment(
+        recording_id="r",
+        number=3,
+        path="",
+        start_s=0,
+        duration_s=2,
+        size_bytes=1,
+        digest="",
+        source_number=9,
+        source_until=clock.now - 70.0,
+    )
+    reader = HlsReader(web, tmp_path / "hls", clock=clock)
+    async with asyncio.timeout(30), aclosing(reader.events(recording(), kept)) as events:
+        first, second = await anext(events), await anext(events)
+    assert isinstance(first, Footage)
+    assert isinstance(second, Footage)
+    assert (first.number, second.number) == (80, 81)
+    assert (first.captured_at, second.until) == (clock.now - 4.0, clock.now), "70 x 2 s would be 70 s from now"
 
 
 async def test_a_playlist_that_is_away_is_told_and_tried_again(web: Web, tmp_path: Path) -> None:

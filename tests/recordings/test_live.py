@@ -6,6 +6,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from nvila.errors import InvalidMedia, Unauthenticated, Unavailable
 from nvila.recordings.camera import CameraLimits, CameraReader
 from nvila.recordings.chunks import FELL_BEHIND, IngestLimits
 from nvila.recordings.cold import ColdStore
+from nvila.recordings.hls import HlsReader
 from nvila.recordings.inbox import Inbox
 from nvila.recordings.ingest import AWAY
 from nvila.recordings.jobs import JobStore, LeaseLost
@@ -22,10 +24,11 @@ from nvila.recordings.sources import Away, Ended, Footage, LiveSources, PushedRe
 from nvila.recordings.store import RecordingStore
 from nvila.recordings.types import ChunkPolicy, Recording, RecordingState, SourceKind
 from nvila.telemetry.metrics import Metrics
+from nvila.types import Deadline, MediaSource
 from nvila.video.pool import DecodePool
 from tests.recordings.made import Clock
 from tests.recordings.rtsp import Clip, camera
-from tests.recordings.taking import Hot, Taking, Told, Uploads, Vision, write_clip
+from tests.recordings.taking import Hot, Local, Taking, Told, Uploads, Vision, write_clip
 from tests.recordings.test_camera import Loopback
 from tests.video.conftest import decode_pool
 
@@ -295,30 +298,101 @@ async def test_a_worker_that_takes_over_goes_on_with_the_same_recording(
     assert times_s == [*(float(s) for s in range(10)), *(float(s) for s in range(30, 40))]
 
 
-async def test_a_piece_that_was_kept_before_a_kill_is_not_taken_twice(
+async def test_a_piece_that_was_kept_before_a_kill_is_not_taken_twice(taking: Taking, tmp_path: Path) -> None:
+    inbox = Inbox(tmp_path)
+    taking.live = LiveSources({SourceKind.PUSH: PushedReader(inbox)})  # type: ignore[assignment]  # the real one
+    recording_id = await taking.submit(None, _POLICY, kind=SourceKind.PUSH)
+    push(inbox, recording_id, tmp_path, range(1))
+    (kept,) = inbox.pieces(recording_id)
+    again = kept.path.read_bytes()
+    claim = await taking.claim()
+    work: asyncio.Future[object] = asyncio.ensure_future(taking.handler()(claim))
+    async with asyncio.timeout(30):
+        while inbox.pieces(recording_id):
+            await asyncio.sleep(0.02)
+    work.cancel()
+    await asyncio.wait({work})
+    await claim.release()
+    kept.path.write_bytes(again)  # killed before it was let go
+    push(inbox, recording_id, tmp_path, range(1, 2), end=True)
+    await taking.handler()(await taking.claim())
+    segments = await taking.shelf.segments(recording_id)
+    assert [(segment.number, segment.source_number) for segment in segments] == [(0, 0), (1, 1)]
+    assert (await taking.shelf.get(recording_id, tenant="acme")).duration_s == 16.0
+    assert inbox.pieces(recording_id) == []
+
+
+class Lists:
+    """One HLS list and its segments of 4 s, each another clip."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.listed = range(0)
+        self.is_ended = False
+
+    @asynccontextmanager
+    async def open(self, source: MediaSource, tenant: str, deadline: Deadline) -> AsyncIterator[Local]:
+        name = (source.url or "").rpartition("/")[2]
+        path = self._folder / name
+        if name.endswith(".ts"):
+            await asyncio.to_thread(write_clip, path, 4.0, seed=int(path.stem))
+        else:
+            lines = ["#EXTM3U", "#EXT-X-TARGETDURATION:4", f"#EXT-X-MEDIA-SEQUENCE:{self.listed.start}"]
+            lines += [f"#EXTINF:4.0,\n{number}.ts" for number in self.listed]
+            path.write_text("\n".join([*lines, *(["#EXT-X-ENDLIST"] if self.is_ended else [])]))
+        yield Local(path, b"", path.stat().st_size)
+
+
+async def killed_while_reading(taking: Taking, lists: Lists, clock: Clock, tmp_path: Path) -> str:
+    """A recording of a list whose worker was killed once it had kept what was listed."""
+    reader = HlsReader(lists, tmp_path / "hls", clock=clock)
+    taking.live = LiveSources({SourceKind.HLS: reader})  # type: ignore[assignment]  # the real one
+    recording_id = await taking.submit(None, _POLICY, kind=SourceKind.HLS)
+    claim = await taking.claim()
+    work: asyncio.Future[object] = asyncio.ensure_future(taking.handler(clock)(claim))
+    async with asyncio.timeout(30):
+        while len(await taking.shelf.segments(recording_id)) < len(lists.listed):
+            await asyncio.sleep(0.02)
+    work.cancel()
+    await asyncio.wait({work})
+    await claim.release()
+    return recording_id
+
+
+async def placed(taking: Taking, recording_id: str) -> list[tuple[int | None, float]]:
+    return [(segment.source_number, segment.start_s) for segment in await taking.shelf.segments(recording_id)]
+
+
+async def test_a_complete_list_is_not_begun_again_by_the_next_worker(
     taking: Taking, clock: Clock, tmp_path: Path
 ) -> None:
-    clip = write_clip(tmp_path / "a.ts", 10.0)
-    again = tmp_path / "again.ts"
-    again.write_bytes(clip.read_bytes())
-    recording_id = await taking.submit(None, _POLICY, kind=SourceKind.RTSP)
-    for path in (clip, again):
-        piece = Footage(path=path, captured_at=clock.now, taken=lambda: None)
-        taking.live.queue.put_nowait(piece)
-        claim = await taking.claim()
-        work: asyncio.Future[object] = asyncio.ensure_future(taking.handler(clock)(claim))
-        await until(taking, recording_id, 1)
-        while taking.live.queue.qsize():
+    lists = Lists(tmp_path)
+    lists.listed = range(2)
+    recording_id = await killed_while_reading(taking, lists, clock, tmp_path)
+    lists.listed, lists.is_ended = range(4), True
+    clock.now += 600
+    await taking.handler(clock)(await taking.claim())
+    assert await placed(taking, recording_id) == [(0, 0.0), (1, 4.0), (2, 8.0), (3, 12.0)]
+    chunks = await taking.shelf.chunks(recording_id)
+    assert [(chunk.start_s, chunk.end_s, chunk.gaps) for chunk in chunks] == [(0.0, 8.0, ()), (8.0, 16.0, ())]
+
+
+async def test_segments_that_are_still_listed_are_not_taken_twice_and_later_ones_lie_where_they_were_captured(
+    taking: Taking, clock: Clock, tmp_path: Path
+) -> None:
+    lists = Lists(tmp_path)
+    lists.listed = range(3)
+    recording_id = await killed_while_reading(taking, lists, clock, tmp_path)
+    lists.listed = range(1, 5)
+    clock.now += 8.0
+    claim = await taking.claim()
+    work: asyncio.Future[object] = asyncio.ensure_future(taking.handler(clock)(claim))
+    async with asyncio.timeout(30):
+        while len(found := await placed(taking, recording_id)) < 5:
             await asyncio.sleep(0.02)
-        if path is again:
-            taking.live.queue.put_nowait(Ended())
-            await work
-        else:
-            work.cancel()
-            await asyncio.wait({work})
-            await claim.release()
-    assert [segment.number for segment in await taking.shelf.segments(recording_id)] == [0]
-    assert (await taking.shelf.get(recording_id, tenant="acme")).duration_s == 10.0
+    work.cancel()
+    await asyncio.wait({work})
+    assert found == [(0, 0.0), (1, 4.0), (2, 8.0), (3, 12.0), (4, 16.0)]
 
 
 async def test_old_footage_is_removed_and_its_tokens_stay(

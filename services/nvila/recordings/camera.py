@@ -40,7 +40,7 @@ from nvila.errors import (
 from nvila.recordings.connection import Hello
 from nvila.recordings.seal import Seal
 from nvila.recordings.sources import Away, Footage, LiveEvent
-from nvila.recordings.types import Recording
+from nvila.recordings.types import Recording, Segment
 from nvila.telemetry import names
 from nvila.telemetry.logs import fields
 from nvila.telemetry.names import Metric
@@ -107,7 +107,7 @@ class CameraReader:
         shutil.rmtree(self._folder, ignore_errors=True)
         os.close(self._lock)
 
-    async def events(self, recording: Recording) -> AsyncGenerator[LiveEvent, None]:
+    async def events(self, recording: Recording, after: Segment | None = None) -> AsyncGenerator[LiveEvent, None]:
         source = recording.source
         assert source.url is not None, "checked where recordings are made"
         check_camera_url(source.url)

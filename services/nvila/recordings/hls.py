@@ -5,7 +5,8 @@ addresses, and a demuxer that followed them by itself could be sent anywhere. A 
 unpacked. Encrypted playlists and byte ranges are refused.
 
 Time: `EXT-X-PROGRAM-DATE-TIME` where the playlist has it; otherwise segments follow each other from the moment at which
-the first was read, and segments that were missed keep their place by the target duration.
+the first was read, and segments that were missed keep their place by the target duration. A worker that takes over goes
+on behind the last segment that is kept, by its number and its time, whatever the list still shows of what was before.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from urllib.parse import urljoin, urlsplit
 from nvila.errors import InvalidMedia, NotFound, Overloaded, Unavailable, UnsupportedMedia
 from nvila.recordings.seal import Seal
 from nvila.recordings.sources import Away, Ended, Fetcher, Footage, LiveEvent
-from nvila.recordings.types import Recording
+from nvila.recordings.types import Recording, Segment
 from nvila.types import Deadline, MediaKind, MediaSource
 
 _MOST_PLAYLIST_BYTES = 1 << 20
@@ -168,10 +169,10 @@ class HlsReader:
         self._first_pause_s = first_pause_s
         self._clock = clock
 
-    async def events(self, recording: Recording) -> AsyncGenerator[LiveEvent, None]:
+    async def events(self, recording: Recording, after: Segment | None = None) -> AsyncGenerator[LiveEvent, None]:
         assert recording.source.url is not None, "checked where recordings are made"
         secret = self._seal.open(recording.source.secret) if recording.source.secret else None
-        reading = _Reading(self._fetcher, self._folder / secrets.token_hex(8), recording, secret, self._clock)
+        reading = _Reading(self._fetcher, self._folder / secrets.token_hex(8), recording, after, secret, self._clock)
         pause_s, is_new = self._first_pause_s, True
         try:
             while True:
@@ -198,7 +199,13 @@ class _Reading:
     """One playlist, and how far it is read."""
 
     def __init__(
-        self, fetcher: Fetcher, folder: Path, recording: Recording, secret: str | None, clock: Callable[[], float]
+        self,
+        fetcher: Fetcher,
+        folder: Path,
+        recording: Recording,
+        after: Segment | None,
+        secret: str | None,
+        clock: Callable[[], float],
     ) -> None:
         folder.mkdir(mode=0o700)
         self._fetcher = fetcher
@@ -209,6 +216,8 @@ class _Reading:
         self._clock = clock
         self._next: int | None = None
         self._next_at = 0.0
+        if after is not None and after.source_number is not None and after.source_until is not None:
+            self._next, self._next_at = after.source_number + 1, after.source_until
         self._grew_at = clock()
         self._maps: dict[str, bytes] = {}
         self.target_s = 6.0
@@ -234,22 +243,33 @@ class _Reading:
             self._next_at = self._clock() - (0.0 if playlist.is_ended else listed_s)
             self._next = playlist.segments[0].number if playlist.segments else None
             self._grew_at = self._clock()
-        for segment in playlist.segments:
+        for place, segment in enumerate(playlist.segments):
             if self._next is not None and segment.number < self._next:
                 continue
-            missed = segment.number - (self._next if self._next is not None else segment.number)
-            at = segment.at if segment.at is not None else self._next_at + missed * playlist.target_s
+            at = segment.at if segment.at is not None else self._placed(playlist, place)
             path = await self._fetch(segment)
             self._next, self._next_at = segment.number + 1, at + segment.duration_s
             yield Footage(
                 path=path,
                 captured_at=at,
                 taken=lambda path=path: path.unlink(missing_ok=True),  # type: ignore[misc]  # bound now
+                number=segment.number,
+                until=self._next_at,
                 is_new_session=is_new_session,
                 can_wait=playlist.is_ended,
             )
             is_new_session = False
         self.is_ended = playlist.is_ended
+
+    def _placed(self, playlist: Playlist, place: int) -> float:
+        """When a segment without a date was captured. What is listed live has happened: many that were missed, or
+        numbers that were skipped, do not lead past now."""
+        assert self._next is not None, "a list with segments has a next one"
+        missed_s = (playlist.segments[place].number - self._next) * playlist.target_s
+        if playlist.is_ended:
+            return self._next_at + missed_s
+        listed_s = sum(segment.duration_s for segment in playlist.segments[place:])
+        return self._next_at + max(0.0, min(missed_s, self._clock() - listed_s - self._next_at))
 
     async def _playlist(self) -> Playlist:
         url = self._url

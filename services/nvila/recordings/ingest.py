@@ -62,7 +62,7 @@ _LONGEST_GAP_S = 30 * 86400.0
 class Live(Protocol):
     """What is asked of `LiveSources`."""
 
-    def events(self, recording: Recording) -> AsyncGenerator[LiveEvent, None]: ...
+    def events(self, recording: Recording, after: Segment | None) -> AsyncGenerator[LiveEvent, None]: ...
 
 
 class LiveLoad:
@@ -249,7 +249,7 @@ class _LiveIngest:
         try:
             before = await self._before()
             async with asyncio.TaskGroup() as tasks:
-                feeder = tasks.create_task(self._feed())
+                feeder = tasks.create_task(self._feed(before[-1] if before else None))
                 first = await self._ingest.patiently(lambda: self._services.go_on(self._ingest))
                 begin_s, _ = cut.chunk_span(self._recording.policy, first)
                 for segment in before:
@@ -293,8 +293,8 @@ class _LiveIngest:
 
     # -- the feeder
 
-    async def _feed(self) -> None:
-        async with aclosing(self._services._live.events(self._recording)) as events:
+    async def _feed(self, after: Segment | None) -> None:
+        async with aclosing(self._services._live.events(self._recording, after)) as events:
             async for event in events:
                 if isinstance(event, Footage):
                     await self._room_for(event)
@@ -328,9 +328,6 @@ class _LiveIngest:
         captured_at = piece.captured_at if self._captured_at is None else self._captured_at
         size_bytes, digest = await asyncio.to_thread(_measured, piece.path)
         at_s = cut.whole_us(piece.captured_at - captured_at)
-        if any(one.digest == digest and one.start_s >= at_s for one in self._kept):
-            piece.taken()  # the worker before kept it, and was gone before it could say so
-            return
         self._check_time(at_s)
         segment = Segment(
             recording_id=self._recording.id,
@@ -342,6 +339,8 @@ class _LiveIngest:
             duration_s=cut.whole_us(info.duration_s),
             size_bytes=size_bytes,
             digest=digest,
+            source_number=piece.number,
+            source_until=piece.until,
         )
         async with self._claim.transaction() as now:
             await now.add_segment(segment)

@@ -81,6 +81,8 @@ segments = Table(
     Column("duration_s", Double, nullable=False),
     Column("size_bytes", BigInteger, nullable=False),
     Column("digest", String(64), nullable=False),
+    Column("source_number", BigInteger),
+    Column("source_until", Double),
     ForeignKeyConstraint(["recording_id"], ["recordings.id"]),
     Index(None, "recording_id", "start_s"),
 )

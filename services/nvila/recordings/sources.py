@@ -26,7 +26,7 @@ from blake3 import blake3
 from nvila.errors import ForbiddenURL, InvalidMedia, InvalidRequest, LimitExceeded, NvilaError
 from nvila.recordings.inbox import Inbox, Piece
 from nvila.recordings.seal import Seal
-from nvila.recordings.types import Recording, Source, SourceKind
+from nvila.recordings.types import Recording, Segment, Source, SourceKind
 from nvila.types import Deadline, MediaKind, MediaSource
 
 _log = logging.getLogger(__name__)
@@ -55,13 +55,15 @@ class Fetcher(Protocol):
 @dataclass(frozen=True, kw_only=True)
 class Footage:
     """A piece of a live source: a file that opens on its own. `captured_at`: capture time of its first frame.
-    `taken`: to be called when the file is kept elsewhere; then it goes. `is_new_session`: the first after a connection
-    was made, so what lies before it was missed. `can_wait`: the source keeps what follows until it is asked for, so
-    nothing is lost by taking it later."""
+    `taken`: to be called when the file is kept elsewhere; then it goes. `number`, `until`: see `Segment.source_number`
+    and `source_until`. `is_new_session`: the first after a connection was made, so what lies before it was missed.
+    `can_wait`: the source keeps what follows until it is asked for, so nothing is lost by taking it later."""
 
     path: Path
     captured_at: float
     taken: Callable[[], None]
+    number: int | None = None
+    until: float | None = None
     is_new_session: bool = False
     can_wait: bool = False
 
@@ -84,8 +86,9 @@ LiveEvent = Footage | Away | Ended
 class LiveReader(Protocol):
     """Reads live sources of some kinds."""
 
-    def events(self, recording: Recording) -> AsyncGenerator[LiveEvent, None]:
-        """Until the source ends, or the iterator is closed; then nothing of it is left."""
+    def events(self, recording: Recording, after: Segment | None = None) -> AsyncGenerator[LiveEvent, None]:
+        """Until the source ends, or the iterator is closed; then nothing of it is left. `after`: the last piece that is
+        kept; what the source shows again is not given again."""
         ...
 
 
@@ -165,16 +168,26 @@ class PushedReader:
     def __init__(self, inbox: Inbox) -> None:
         self._inbox = inbox
 
-    async def events(self, recording: Recording) -> AsyncGenerator[LiveEvent, None]:
+    async def events(self, recording: Recording, after: Segment | None = None) -> AsyncGenerator[LiveEvent, None]:
         last = -1
+        if after is not None and after.source_number is not None:
+            last = after.source_number
+            for piece in await asyncio.to_thread(self._inbox.pieces, recording.id):
+                if piece.number <= last:  # the worker before kept it, and was gone before it could say so
+                    self._inbox.take(piece)
         while True:
             is_ended = self._inbox.is_ended(recording.id)  # before its pieces: then they are complete
             pieces = await asyncio.to_thread(self._inbox.pieces, recording.id)
             for piece in pieces:
                 if piece.number > last:
                     last = piece.number
-                    taken = self._taker(piece)
-                    yield Footage(path=piece.path, captured_at=piece.captured_at, taken=taken, can_wait=True)
+                    yield Footage(
+                        path=piece.path,
+                        captured_at=piece.captured_at,
+                        taken=self._taker(piece),
+                        number=piece.number,
+                        can_wait=True,
+                    )
             if is_ended:
                 yield Ended()
                 return
@@ -190,8 +203,8 @@ class LiveSources:
     def __init__(self, readers: dict[SourceKind, LiveReader]) -> None:
         self._readers = readers
 
-    def events(self, recording: Recording) -> AsyncGenerator[LiveEvent, None]:
+    def events(self, recording: Recording, after: Segment | None = None) -> AsyncGenerator[LiveEvent, None]:
         reader = self._readers.get(recording.source.kind)
         if reader is None:
             raise InvalidRequest(f"this service reads no {recording.source.kind} sources", param="source")
-        return reader.events(recording)
+        return reader.events(recording, after)

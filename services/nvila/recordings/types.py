@@ -123,7 +123,10 @@ class Recording:
 @dataclass(frozen=True, kw_only=True)
 class Segment:
     """A file with part of the source as it came. `path`: relative to the recordings folder, or empty when the file is
-    not kept. `start_s`: the recording's clock at the file's first frame."""
+    not kept. `start_s`: the recording's clock at the file's first frame.
+
+    `source_number`: what a live source calls it, if it numbers its pieces; `source_until`: capture time of its end, if
+    the source says so. There a worker that takes over goes on."""
 
     recording_id: str
     number: int
@@ -132,19 +135,23 @@ class Segment:
     duration_s: float
     size_bytes: int
     digest: str
+    source_number: int | None = None
+    source_until: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Group:
     """`temporal_group` sampled frames, or fewer at the end. `times_s`: of each. `segment`, `indices`: where the frames
     are, so that lost tokens can be made again. `ref`: their tokens, or those of the last encoded group when
-    `is_static`; None when no frame could be decoded."""
+    `is_static`; None when no frame could be decoded. `named_for`: the model that `ref` is a name for (`Model.name`),
+    one for all groups of a chunk; empty when nobody noted it."""
 
     times_s: tuple[float, ...]
     segment: int
     indices: tuple[int, ...]
     ref: TokensRef | None
     is_static: bool = False
+    named_for: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
