@@ -191,7 +191,18 @@ class TrainableNvila(nn.Module):
         next_1P = packed.labels_1P[:, 1:]
         is_target_1P = next_1P != IGNORE
         logits_nV = self.llm.lm_head(hidden_1PD[:, :-1][is_target_1P])
-        return summed_loss(logits_nV.float(), next_1P[is_target_1P], self.time_ids, self.loss.time_std)
+        loss = summed_loss(logits_nV.float(), next_1P[is_target_1P], self.time_ids, self.loss.time_std)
+        return loss + self._names(packed.embeddings_1PD[0, : len(row.ids_P)], next_1P[0], row.ids_P == VISUAL)
+
+    def _names(self, embeddings_PD: Tensor, next_P: Tensor, is_visual_P: Tensor) -> Tensor:
+        """The summed loss of visual tokens that are to say what they show (`PrepareSettings.names_tokens`), as they
+        come from the projector: so that they lie by the words of it, where a question's words find them."""
+        is_named_P = is_visual_P & (next_P[: len(is_visual_P)] != IGNORE)
+        if not bool(is_named_P.any()):
+            return embeddings_PD.new_zeros(())
+        seen_nD = embeddings_PD[is_named_P]
+        logits_nV = self.llm.lm_head(functional.rms_norm(seen_nD, seen_nD.shape[-1:]))
+        return functional.cross_entropy(logits_nV.float(), next_P[: len(is_visual_P)][is_named_P], reduction="sum")
 
     def see(self, row: Row) -> Tensor:
         """Visual tokens of all media of the row, one after the other, (T, D).
