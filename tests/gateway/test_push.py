@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,14 @@ import av
 import httpx
 import pytest
 
-from nvila.errors import Conflict, InvalidMedia, LimitExceeded, NvilaError, Overloaded, UnsupportedMedia
+from nvila.errors import Conflict, InvalidMedia, LimitExceeded, NotFound, NvilaError, Overloaded, UnsupportedMedia
 from nvila.gateway import push
+from nvila.gateway.recordings import Recordings
 from nvila.recordings.inbox import Inbox, Piece
+from nvila.recordings.types import Recording, SourceKind
 from tests.gateway.faces import BEARER, OTHER_KEY, Gateway, serving
 from tests.gateway.pushing import FPS, MP4, encoded, pictures
+from tests.recordings import made
 
 ID = "rec_" + "0" * 32
 TS_TYPE, MP4_TYPE, JPEG_TYPE = push.CUTTERS
@@ -190,3 +194,77 @@ async def test_frames_go_only_to_ones_own_recording_that_takes_them(tmp_path: Pa
         assert (await _push(gateway, "rec_..%2f..", b"")).status_code == 404
         wrong = await _push(gateway, mine, b"<html>" * 100)
         assert (wrong.status_code, wrong.json()["error"]["code"]) == (422, "invalid_media")
+
+
+async def _pushing_while(
+    gateway: Gateway, inbox: Inbox, recording_id: str, happens: Callable[[], Awaitable[object]]
+) -> httpx.Response:
+    """What a client is told to whose recording something happens after two of its pieces."""
+    data, has_happened = encoded("mpegts"), asyncio.Event()
+
+    async def live() -> AsyncIterator[bytes]:
+        yield data[: len(data) * 5 // 6]
+        await has_happened.wait()
+        yield data[len(data) * 5 // 6 :]
+        yield data  # more pieces, so that it is not just the end
+
+    sending = asyncio.create_task(_push(gateway, recording_id, live()))
+    async with asyncio.timeout(30):
+        while len(inbox.pieces(recording_id)) < 2:
+            await asyncio.sleep(0.01)
+    await happens()
+    has_happened.set()
+    return await asyncio.wait_for(sending, 30)
+
+
+@pytest.mark.parametrize("is_emptied", [True, False])
+async def test_a_push_to_a_recording_that_is_deleted_meanwhile_is_told_and_leaves_nothing(
+    tmp_path: Path, is_emptied: bool
+) -> None:
+    inbox = Inbox(tmp_path / "recordings")
+    async with serving(tmp_path) as gateway:
+        recording_id = await _recording(gateway)
+
+        async def delete() -> None:
+            await gateway.client.delete(f"/v1/recordings/{recording_id}", headers=BEARER)
+            if is_emptied:  # else the deletion's job is late, or a piece came as it emptied the folder
+                inbox.remove(recording_id)
+
+        told = await _pushing_while(gateway, inbox, recording_id, delete)
+    assert (told.status_code, told.json()["error"]["code"]) == (404, "not_found")
+    assert not (tmp_path / "recordings" / "inbox" / recording_id).exists()
+
+
+async def test_a_push_to_a_recording_that_is_cancelled_meanwhile_is_told(tmp_path: Path) -> None:
+    inbox = Inbox(tmp_path / "recordings")
+    async with serving(tmp_path) as gateway:
+        recording_id = await _recording(gateway)
+
+        async def cancel() -> None:
+            jobs = await gateway.client.get("/v1/jobs", params={"recording": recording_id}, headers=BEARER)
+            await gateway.client.post(f"/v1/jobs/{jobs.json()['data'][0]['id']}/cancel", headers=BEARER)
+
+        told = await _pushing_while(gateway, inbox, recording_id, cancel)
+    assert (told.status_code, told.json()["error"]["code"]) == (409, "conflict")
+    assert "complete" in told.json()["error"]["message"]
+
+
+async def test_a_recording_that_is_deleted_just_before_its_folder_is_made_leaves_none(tmp_path: Path) -> None:
+    class Shelf:
+        """A recording that is there once."""
+
+        asked = 0
+
+        async def get(self, recording_id: str, *, tenant: str) -> Recording:
+            self.asked += 1
+            if self.asked > 1:
+                raise NotFound("deleted")
+            return replace(made.recording(tenant, SourceKind.PUSH), id=ID)
+
+    nothing: Any = None
+    shelf: Any = Shelf()
+    recordings = Recordings(shelf=shelf, jobs=nothing, files=nothing, inbox=Inbox(tmp_path), player=nothing)
+    with pytest.raises(NotFound):
+        async with recordings.pushing("acme", ID):
+            raise AssertionError("nothing is taken")
+    assert list((tmp_path / "inbox").iterdir()) == []

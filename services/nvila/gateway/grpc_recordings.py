@@ -122,13 +122,10 @@ class RecordingService(RecordingServiceServicer):
             if first is None or first.WhichOneof("part") != "start":
                 raise InvalidRequest("start: the first message must say what is pushed", param="start")
             start = first.start
-            await self._recordings.pushable(self._tenant(context), start.recording_id)
-            inbox = self._recordings.inbox
-            with inbox.writing(start.recording_id) as writer:
+            tenant, recordings = self._tenant(context), self._recordings
+            async with recordings.pushing(tenant, start.recording_id) as writer:
                 cutter = push.cutter(start.content_type, writer, _bound(start, "captured_at"))
-                done = await push.receive(
-                    _data(incoming), cutter, lambda: inbox.wait_for_room(start.recording_id, push.ROOM_S)
-                )
+                done = await push.receive(_data(incoming), cutter, lambda: recordings.room(tenant, start.recording_id))
                 if start.end:
                     writer.end()
             return pb.PushResponse(bytes=done.bytes, pieces=done.pieces, last_captured_at=done.last_captured_at)

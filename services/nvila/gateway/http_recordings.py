@@ -448,15 +448,11 @@ def _add_push(app: FastAPI) -> None:
         JPEG pictures, each after its capture time (float64, big endian) and its length (uint32, big endian). A client
         that is faster than ingestion is held back. What came before a broken connection is kept."""
         recordings = services.recordings
-        await recordings.pushable(tenant, recording_id)
-        async with services.streams.permit():
-            with recordings.inbox.writing(recording_id) as writer:
-                cutter = push.cutter(request.headers.get("content-type", ""), writer, captured_at)
-                done = await push.receive(
-                    request.stream(), cutter, lambda: recordings.inbox.wait_for_room(recording_id, push.ROOM_S)
-                )
-                if end:
-                    writer.end()
+        async with services.streams.permit(), recordings.pushing(tenant, recording_id) as writer:
+            cutter = push.cutter(request.headers.get("content-type", ""), writer, captured_at)
+            done = await push.receive(request.stream(), cutter, lambda: recordings.room(tenant, recording_id))
+            if end:
+                writer.end()
         return Pushed(
             id=recording_id,
             bytes=done.bytes,

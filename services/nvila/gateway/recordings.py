@@ -5,19 +5,22 @@ Nothing here waits for work: whatever takes long is a job in the database, done 
 
 from __future__ import annotations
 
+import asyncio
 import re
 import time
-from collections.abc import AsyncGenerator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import unquote, urlsplit, urlunsplit
 
-from nvila.errors import Conflict, ForbiddenURL, InvalidRequest, LimitExceeded, NotFound
+from nvila.errors import Conflict, ForbiddenURL, InvalidRequest, LimitExceeded, NotFound, Unavailable
 from nvila.gateway.files import StoredFile
 from nvila.gateway.playing import Player, Stored
+from nvila.gateway.push import ROOM_S
 from nvila.recordings.asking import fingerprint, window_params
-from nvila.recordings.inbox import Inbox
+from nvila.recordings.inbox import Inbox, Writer
 from nvila.recordings.seal import SECRET, Seal
 from nvila.recordings.store import Page, Quota, new_recording_id
 from nvila.recordings.types import (
@@ -307,14 +310,42 @@ class Recordings:
         await self._files.get(tenant, recording.source.file_id)
         return self._files.content_path(tenant, recording.source.file_id)
 
-    async def pushable(self, tenant: str, recording_id: str) -> Recording:
-        """Raises `Conflict` for a recording that takes no frames from clients."""
+    @asynccontextmanager
+    async def pushing(self, tenant: str, recording_id: str) -> AsyncIterator[Writer]:
+        """Where frames that a client pushes go. Raises `Conflict` for a recording that takes none, and `NotFound`, also
+        when it was deleted meanwhile: then nothing is left behind."""
+        await self._check_pushable(tenant, recording_id)
+        try:
+            with self.inbox.writing(recording_id) as writer:
+                await self._check_pushable(tenant, recording_id)  # a deletion removes the folder that is there now
+                yield writer
+        except FileNotFoundError:  # a deletion has removed it
+            await self._check_pushable(tenant, recording_id)
+            raise Unavailable("the folder of what is pushed to this recording is gone") from None
+        finally:
+            with suppress(Unavailable):
+                await self._remove_if_deleted(tenant, recording_id)
+
+    async def room(self, tenant: str, recording_id: str) -> None:
+        """Until the next piece may be taken on. Raises `Overloaded` when that takes too long, and what `pushing` does
+        when the recording takes no more; a database that is away stops nobody."""
+        with suppress(Unavailable):
+            await self._check_pushable(tenant, recording_id)
+        await self.inbox.wait_for_room(recording_id, ROOM_S)
+
+    async def _check_pushable(self, tenant: str, recording_id: str) -> None:
         recording = await self.get(tenant, recording_id)
         if recording.source.kind is not SourceKind.PUSH:
             raise Conflict(f"this recording's source is {recording.source.kind}; only one of kind push takes frames")
         if recording.state in (RecordingState.COMPLETE, RecordingState.FAILED):
             raise Conflict(f"this recording is {recording.state}; nothing can be pushed to it any more")
-        return recording
+
+    async def _remove_if_deleted(self, tenant: str, recording_id: str) -> None:
+        """What was added while its deletion removed what there was."""
+        try:
+            await self.get(tenant, recording_id)
+        except NotFound:
+            await asyncio.to_thread(self.inbox.remove, recording_id)
 
     async def _source(self, tenant: str, new: NewRecording) -> tuple[Source, str]:
         """And a name for it."""
