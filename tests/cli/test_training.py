@@ -9,7 +9,13 @@ import pytest
 import torch
 
 from nvila.cli.main import main
+from nvila.model.checkpoint import Checkpoint
+from nvila.model.tiny import make_random_checkpoint
+from nvila.train.data.catalogue import make_sample
+from nvila.train.data.draw import Knobs, Split
+from nvila.train.data.listing import write_listing
 
+KNOBS = Knobs(canvas_px=96, text_px=(8, 16), video_px=48, clip_s=(3.0, 4.0))
 TINY = ["--set", "canvas_px=96", "--set", "text_px=8..16", "--set", "video_px=48", "--set", "clip_s=3..4"]
 
 
@@ -41,7 +47,7 @@ def test_good_data_pass_the_check_and_a_broken_record_fails_it_by_file_and_line(
     (tmp_path / "own.jsonl").write_text('{"conversations": [{"from": "human", "value": "hi"}]}\n{"image": 1}\n')
 
     assert main(["train", "data", str(tmp_path), "--check", "own"]) == 3
-    assert "own:2: `image` must be a file's name" in capsys.readouterr().out
+    assert "own.jsonl:2: `image` must be a file's name" in capsys.readouterr().out
 
 
 def test_files_are_written_for_people_and_other_programs(tmp_path: Path) -> None:
@@ -87,6 +93,49 @@ def test_baselines_are_scored_compared_and_gated(
     capsys.readouterr()
     assert main(["evaluate", "--compare", a, b, "--max-loss", "1", "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["differences"][-1]["loss"] > 0.01
+
+
+def test_a_gate_also_bounds_how_many_answers_are_equal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a, b = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    answer = {"task": "a.b", "metric": "exact", "question": "q", "right": "x", "score": 0.0}
+    for path, last in ((a, "red"), (b, "blue")):
+        said = ["red"] * 99 + [last]
+        lines = [answer | {"name": f"set:{i}", "answer": text} for i, text in enumerate(said)]
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    compared = ["evaluate", "--compare", str(a), str(b), "--max-loss", "0"]
+
+    assert main([*compared, "--min-agreement", "99"]) == 0
+    assert main([*compared, "--min-agreement", "99.5"]) == 1
+    assert "99.0 % of the answers are equal; at least 99.5 %" in capsys.readouterr().err
+    b.write_text(b.read_text().splitlines()[0] + "\n")
+    assert main(compared) == 3
+    assert main([*compared, "--token-dtype-b", "int8"]) == 3
+    assert main(["evaluate", str(tmp_path), "--min-agreement", "99"]) == 3
+    assert "name them with --compare" in capsys.readouterr().err
+
+
+def test_checkpoints_are_compared_each_with_its_own_tokens_and_what_cannot_be_read_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = str(make_random_checkpoint(tmp_path / "tiny"))
+    write_listing(tmp_path / "own-test.json", [make_sample("when", Split.TEST, 0, 0, KNOBS)], media_folder="media")
+    whole = (tmp_path / "own-test.json").read_text()
+    (tmp_path / "own-test.json").write_text(whole.rstrip().removesuffix("]") + ",\n{cut off")
+    asked = ["evaluate", str(tmp_path), "--compare", checkpoint, checkpoint, "--device", "cpu", "--max-tokens", "3"]
+
+    assert main([*asked, "--token-dtype-b", "int8", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["differences"][-1]["samples"] == 1
+    assert len(report["left_out"]) == 1
+    assert "wrong JSON" in report["left_out"][0]
+
+    asked = ["evaluate", str(tmp_path), "--model", checkpoint, "--max-tokens", "3", "--json"]
+    assert main([*asked, "--device", "cpu"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["frames"] == Checkpoint.open(checkpoint).config.default_frames
+    assert len(report["left_out"]) == 1
+    assert main([*asked, "--device", "tpu"]) == 3
+    assert "--device tpu: no such kind" in capsys.readouterr().out
 
 
 def test_a_folder_without_test_data_is_not_found(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -23,7 +24,12 @@ from nvila.train.evaluation.run import Answer, Answerer, TextOnly, evaluate, rea
 from nvila.train.samples import Sample
 from nvila.types import TokenDtype
 
+if TYPE_CHECKING:
+    from nvila.model.config import NvilaConfig
+
 _SERVED_TIME_TOKENS = 100
+_FRAMES_ELSEWHERE = 32
+"""Read of a video file where no checkpoint is at hand that says how many."""
 _LOSS_EXIT = 1
 _BASELINE_SAMPLES = 4000
 _PLAIN_WIDTH = 140
@@ -32,15 +38,18 @@ _PLAIN_WIDTH = 140
 def run(args: argparse.Namespace) -> int:
     if args.compare:
         return _compare(args)
+    if any(option is not None for option in (args.max_loss, args.min_agreement, args.token_dtype_b)):
+        raise InvalidRequest(
+            "--max-loss, --min-agreement and --token-dtype-b are of two runs: name them with --compare"
+        )
     bad: list[str] = []
     name, answers = _ask(args, bad)
     if args.json:
-        extra = {"split": args.split, "frames": args.frames, "left_out": bad}
+        extra = {"split": args.split, "frames": _reading(args).frames, "left_out": bad}
         show.print_json(report.as_json(name, answers, extra))
     else:
         print_table(report.table(f"{name} on {args.data} ({args.format or args.split})", answers))
-        for where in bad[:10]:
-            show.console.print(f"[yellow]left out: {where}[/]")
+        _tell_left_out(bad)
     return 0
 
 
@@ -49,6 +58,7 @@ def _ask(args: argparse.Namespace, bad: list[str]) -> tuple[str, list[Answer]]:
     if args.data is None:
         raise InvalidRequest("name a folder with test data, or two kept runs with --compare")
     sources = _sources(args)
+    bad += [str(fault) for source in sources for fault in getattr(source, "faults", ())]
     total = sum(min(len(source), args.limit or len(source)) for source in sources)
     with closing(_answerer(args, [source.name for source in sources])) as answerer, _bar() as bar:
         if args.text_only:
@@ -62,7 +72,7 @@ def _ask(args: argparse.Namespace, bad: list[str]) -> tuple[str, list[Answer]]:
             bar.update(task, score=100 * right / max(1, bar.tasks[0].completed))
 
         answers = evaluate(
-            _samples(sources, args.limit, bad), answerer, args.out, progress, time_tokens=_time_tokens(args, answerer)
+            _samples(sources, args.limit, bad), answerer, args.out, progress, time_tokens=_time_tokens(args)
         )
     if not answers:
         raise NotFound(f"no sample of {args.data} could be read")
@@ -70,11 +80,29 @@ def _ask(args: argparse.Namespace, bad: list[str]) -> tuple[str, list[Answer]]:
 
 
 def _sources(args: argparse.Namespace) -> list[Source]:
-    reading = VideoReading(frames=args.frames or 32)
     if args.format:
-        return [BenchmarkSource(args.format, args.data, reading)]
+        return [BenchmarkSource(args.format, args.data, _reading(args))]
     names = args.tasks.split("+") if args.tasks else _names(args.data, args.split)
+    reading = _reading(args)
     return [open_source(name, args.data, split=args.split, reading=reading) for name in names]
+
+
+def _reading(args: argparse.Namespace) -> VideoReading:
+    """As many frames as are looked at; for a model in this process, in its size at once."""
+    config = _config(args)
+    if config is None:
+        return VideoReading(frames=args.frames or _FRAMES_ELSEWHERE)
+    side_px = None if args.pipeline else config.tile_px
+    return VideoReading(frames=args.frames or config.default_frames, side_px=side_px)
+
+
+def _config(args: argparse.Namespace) -> NvilaConfig | None:
+    """Of the checkpoint that is asked; None where another process or none is."""
+    if args.baseline or args.url:
+        return None
+    from nvila.model.checkpoint import Checkpoint
+
+    return Checkpoint.open(find_model(args.model)).config
 
 
 def _names(folder: Path, split: str) -> list[str]:
@@ -97,6 +125,8 @@ def _samples(sources: list[Source], limit: int | None, bad: list[str]) -> Iterat
 
 
 def _answerer(args: argparse.Namespace, names: list[str]) -> Answerer:
+    if args.token_dtype != TokenDtype.FLOAT32 and (args.baseline or args.url or args.pipeline):
+        raise InvalidRequest(f"--token-dtype {args.token_dtype} is of a checkpoint that is loaded without --pipeline")
     if args.baseline:
         training: list[Sample] = []
         for name in names:
@@ -119,11 +149,12 @@ def _answerer(args: argparse.Namespace, names: list[str]) -> Answerer:
         from nvila.cli.evaluate_pipeline import PipelineAnswerer
 
         return PipelineAnswerer(path, frames=args.frames, max_tokens=args.max_tokens)
+    from nvila.quantize.checks import find_device
     from nvila.train.evaluation.model import ModelAnswerer
 
     return ModelAnswerer.load(
         path,
-        device=args.device,
+        device=str(find_device(args.device)),
         frames=args.frames,
         batch=args.batch,
         max_tokens=args.max_tokens,
@@ -131,38 +162,52 @@ def _answerer(args: argparse.Namespace, names: list[str]) -> Answerer:
     )
 
 
-def _time_tokens(args: argparse.Namespace, answerer: Answerer) -> int:
-    if args.baseline:
-        return 0
+def _time_tokens(args: argparse.Namespace) -> int:
     if args.url:
         return _SERVED_TIME_TOKENS if args.time_tokens is None else int(args.time_tokens)
-    from nvila.model.checkpoint import Checkpoint
-
-    return Checkpoint.open(find_model(args.model)).config.time_tokens
+    config = _config(args)
+    return config.time_tokens if config else 0
 
 
 def _compare(args: argparse.Namespace) -> int:
-    a, b = (_answers(args, path) for path in args.compare)
+    if args.token_dtype_b and not args.compare[1].is_dir():
+        raise InvalidRequest(f"--token-dtype-b: {args.compare[1]} is no checkpoint")
+    bad: list[str] = []
+    dtypes = (args.token_dtype, args.token_dtype_b or args.token_dtype)
+    a, b = (_answers(args, path, dtype, bad) for path, dtype in zip(args.compare, dtypes, strict=True))
+    bad = list(dict.fromkeys(bad))
     differences = compare.compare(a, b)
     if args.json:
-        show.print_json({"differences": [asdict(one) | {"loss": one.loss} for one in differences]})
+        show.print_json({"differences": [asdict(one) | {"loss": one.loss} for one in differences], "left_out": bad})
     else:
         print_table(compare.table(f"A {args.compare[0]} · B {args.compare[1]}", differences))
-    whole = differences[-1]
-    if args.max_loss is not None and 100 * whole.loss > args.max_loss:
-        show.console.print(f"[red]B loses {100 * whole.loss:.1f} points; at most {args.max_loss:g} are allowed[/]")
-        return _LOSS_EXIT
-    return 0
+        _tell_left_out(bad)
+    lost, agreed = (round(100 * share, 6) for share in (differences[-1].loss, differences[-1].agreement))
+    failures = []
+    if args.max_loss is not None and lost > args.max_loss:
+        failures.append(f"B loses {lost:.1f} points; at most {args.max_loss:g} are allowed")
+    if args.min_agreement is not None and agreed < args.min_agreement:
+        failures.append(f"{agreed:.1f} % of the answers are equal; at least {args.min_agreement:g} % are asked for")
+    for failure in failures:
+        show.console.print(f"[red]{failure}[/]")
+    return _LOSS_EXIT if failures else 0
 
 
-def _answers(args: argparse.Namespace, run_or_model: Path) -> list[Answer]:
-    """Of a kept run; or of a checkpoint, which is asked now."""
+def _answers(args: argparse.Namespace, run_or_model: Path, token_dtype: str, bad: list[str]) -> list[Answer]:
+    """Of a kept run; or of a checkpoint, which is asked now. `bad` gets what could not be read."""
     if not run_or_model.exists():
         raise NotFound(f"--compare {run_or_model}: there is no such file or folder")
     if not run_or_model.is_dir():
         return read_answers(run_or_model)
-    only_model = {"model": str(run_or_model), "url": None, "baseline": None, "out": None}
-    return _ask(argparse.Namespace(**vars(args) | only_model), [])[1]
+    only_model = {"model": str(run_or_model), "url": None, "baseline": None, "out": None, "token_dtype": token_dtype}
+    return _ask(argparse.Namespace(**vars(args) | only_model), bad)[1]
+
+
+def _tell_left_out(bad: list[str]) -> None:
+    for where in bad[:10]:
+        show.console.print(f"[yellow]left out: {where}[/]")
+    if len(bad) > 10:
+        show.console.print(f"[yellow]and {len(bad) - 10:,} more[/]")
 
 
 def print_table(table: object) -> None:

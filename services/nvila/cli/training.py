@@ -23,7 +23,9 @@ def evaluate(verb: argparse.ArgumentParser) -> None:
         "  nvila evaluate DATA --baseline statistics              what answers without looking are worth\n"
         "  nvila evaluate DOCVQA_FOLDER --format docvqa --model FOLDER\n"
         "  nvila evaluate --compare A.jsonl B.jsonl --max-loss 1  fails if B is worse by more than 1 point\n"
-        "  nvila evaluate DATA --compare FOLDER_A FOLDER_B --max-loss 1     the same of two checkpoints, asked now"
+        "  nvila evaluate DATA --compare FOLDER_A FOLDER_B --token-dtype-b int8 --max-loss 2 --min-agreement 98\n"
+        "                                                         two checkpoints, asked now; fails likewise if more\n"
+        "                                                         than 2 answers of 100 differ"
     )
     verb.add_argument("data", nargs="?", type=Path, metavar="FOLDER", help="with shards, conversation lists, or files")
     verb.add_argument("--tasks", metavar="MIXTURE", help="such as shapes+scene (default: every set of the split)")
@@ -45,7 +47,9 @@ def evaluate(verb: argparse.ArgumentParser) -> None:
         "--batch", type=int, default=8, metavar="N", help="samples at a time in this process (%(default)s)"
     )
     verb.add_argument("--device", metavar="NAME", help="cpu, cuda, cuda:1 (default: a GPU if there is one)")
-    verb.add_argument("--frames", type=int, metavar="N", help="looked at of each video (default: the model's)")
+    verb.add_argument(
+        "--frames", type=int, metavar="N", help="looked at of each video (default: the model's; 32 for --url)"
+    )
     verb.add_argument("--max-tokens", type=int, default=32, metavar="N", help="longest answer (%(default)s)")
     verb.add_argument("--time-tokens", type=int, metavar="N", help="of the served model, for --url (default: 100)")
     verb.add_argument("--out", type=Path, metavar="FILE", help="keep answers there, one a line; a second run goes on")
@@ -53,7 +57,13 @@ def evaluate(verb: argparse.ArgumentParser) -> None:
     verb.add_argument(
         "--token-dtype", choices=["float32", "int8"], default="float32", help="visual tokens as a cache keeps them"
     )
+    verb.add_argument(
+        "--token-dtype-b", choices=["float32", "int8"], help="likewise of checkpoint B of --compare (default: as A's)"
+    )
     verb.add_argument("--max-loss", type=float, metavar="POINTS", help="with --compare: most that B may lose (of 100)")
+    verb.add_argument(
+        "--min-agreement", type=float, metavar="PERCENT", help="with --compare: fewest answers that must be equal"
+    )
     verb.add_argument("--json", action="store_true", help="print one JSON object, for programs")
 
 

@@ -22,8 +22,9 @@ _EXACT_BELOW = 1000
 
 @dataclass(frozen=True, kw_only=True)
 class Difference:
-    """Of one family. `agreement`: share of equal answers. `only_a`, `only_b`: right (score of one half or more) in one
-    run only. `p`: McNemar's exact two-sided test over those two; small means that the runs really differ.
+    """Of one family. `agreement`: share of equal answers; an error agrees with nothing. `only_a`, `only_b`: right (a
+    score of one half or more) in one run only. `p`: McNemar's exact two-sided test over those two; small means that the
+    runs really differ.
     """
 
     name: str
@@ -42,11 +43,17 @@ class Difference:
 
 
 def compare(a: Sequence[Answer], b: Sequence[Answer]) -> list[Difference]:
-    """Per family, then over all. Raises `InvalidRequest` when the runs share no question."""
-    others = {answer.name: answer for answer in b}
-    pairs = [(one, others[one.name]) for one in a if one.name in others and one.question == others[one.name].question]
-    if not pairs:
-        raise InvalidRequest(f"the runs share no question: {len(a)} answers in one, {len(b)} in the other")
+    """Per family, then over all. Raises `InvalidRequest` when the runs are not of the same questions."""
+    ours, others = ({(one.name, one.question): one for one in run} for run in (a, b))
+    lonely = sorted(ours.keys() ^ others.keys())
+    if lonely:
+        raise InvalidRequest(
+            f"the runs are not of the same questions: {len(ours):,} in A, {len(others):,} in B, {len(lonely):,} "
+            f"of them in one run only, such as {lonely[0][0]}"
+        )
+    if not ours:
+        raise InvalidRequest("the runs hold no answer")
+    pairs = [(one, others[key]) for key, one in ours.items()]
     groups: defaultdict[str, list[tuple[Answer, Answer]]] = defaultdict(list)
     for one, other in pairs:
         groups[one.task.split(".")[0]].append((one, other))
@@ -94,8 +101,12 @@ def _difference(name: str, pairs: Sequence[tuple[Answer, Answer]]) -> Difference
         samples=n,
         a=sum(one.score for one, _ in pairs) / n,
         b=sum(other.score for _, other in pairs) / n,
-        agreement=sum(normalised(one.answer) == normalised(other.answer) for one, other in pairs) / n,
+        agreement=sum(_agree(one, other) for one, other in pairs) / n,
         only_a=only_a,
         only_b=only_b,
         p=mcnemar(only_a, only_b),
     )
+
+
+def _agree(one: Answer, other: Answer) -> bool:
+    return not (one.error or other.error) and normalised(one.answer) == normalised(other.answer)
