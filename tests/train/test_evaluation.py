@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -59,6 +59,9 @@ def sample(metric: str, *answers: str, choices: tuple[str, ...] = (), seconds: f
         (sample("exact", "3"), "three", 1.0),
         (sample("exact", "red"), "dark red", 0.0),
         (sample("exact", "12.50"), "12.5", 0.0),
+        (sample("exact", "A"), "A.", 1.0),
+        (sample("exact", "A"), "", 0.0),
+        (sample("exact", "A"), "the", 0.0),
         (sample("anls", "TOWER"), "tower", 1.0),
         (sample("anls", "tower"), "towel", 0.8),
         (sample("anls", "tower"), "boat", 0.0),
@@ -69,6 +72,13 @@ def sample(metric: str, *answers: str, choices: tuple[str, ...] = (), seconds: f
         (sample("choice", "B", choices=("red", "blue")), "The answer is B.", 1.0),
         (sample("choice", "B", choices=("red", "blue")), "blue", 1.0),
         (sample("choice", "B", choices=("red", "blue")), "A red one", 0.0),
+        (sample("choice", "A", choices=("red", "blue")), "A blue one", 0.0),
+        (sample("choice", "B", choices=("red", "blue")), "B is the answer", 1.0),
+        (sample("choice", "A", choices=("red", "blue")), "Option A is right", 1.0),
+        (sample("choice", "B", choices=("a dog", "a cat")), "A cat", 1.0),
+        (sample("choice", "B", choices=("a dog", "a cat")), "The answer is a cat.", 1.0),
+        (sample("choice", "A", choices=("a dog", "a cat")), "a", 1.0),
+        (sample("choice", "A", choices=("B", "A")), "A", 1.0),
         (sample("choice", "B", choices=("red", "blue")), "", 0.0),
         (sample("vqa", *["yes"] * 10), "Yes", 1.0),
         (sample("vqa", *["yes"] * 2, *["no"] * 8), "yes", (2 * 1 / 3 + 8 * 2 / 3) / 10),
@@ -208,9 +218,21 @@ def test_mcnemars_test_is_exact_for_few_and_close_for_many() -> None:
     assert mcnemar(560, 470) == pytest.approx(mcnemar(543, 456), rel=0.15)
 
 
-def test_runs_without_a_common_question_are_not_compared() -> None:
-    with pytest.raises(InvalidRequest, match="share no question"):
-        compare(answered([1]), [replace(answered([1])[0], name="other:0")])
+def test_an_error_agrees_with_nothing() -> None:
+    broken = [replace(one, answer="", error="too long") for one in answered([0, 0])]
+
+    (one,) = compare([*broken, *answered([0] * 4)[2:]], [*broken, *answered([0] * 4)[2:]])
+
+    assert one.agreement == 0.5
+
+
+def test_only_runs_over_the_same_questions_are_compared() -> None:
+    with pytest.raises(InvalidRequest, match="2 in A, 1 in B, 1 of them in one run only, such as set:1"):
+        compare(answered([1, 1]), answered([1]))
+    with pytest.raises(InvalidRequest, match="not of the same questions"):
+        compare(answered([1]), [replace(answered([1])[0], question="another")])
+    with pytest.raises(InvalidRequest, match="hold no answer"):
+        compare([], [])
 
 
 # -- baselines --------------------------------------------------------------------------------------------------------
@@ -247,9 +269,9 @@ def test_a_model_says_the_same_alone_and_in_company(tmp_path: Path) -> None:
 
 
 class _Endpoint(BaseHTTPRequestHandler):
-    """Counts the media of a request, refuses those with a video, and is busy at first."""
+    """Counts the media of a request, refuses those with a video, and is busy at first: `busy` says for how long."""
 
-    busy = 1
+    busy: ClassVar[list[str]] = []
 
     def do_GET(self) -> None:
         self._send(200, {"data": [{"id": "counting-model"}]})
@@ -259,17 +281,18 @@ class _Endpoint(BaseHTTPRequestHandler):
         parts = [part for message in request["messages"] for part in message["content"]]
         kinds = [part["type"] for part in parts]
         if _Endpoint.busy:
-            _Endpoint.busy -= 1
-            self._send(429, {"error": {"message": "later"}})
+            self._send(429, {"error": {"message": "later"}}, retry_after=_Endpoint.busy.pop(0))
         elif "video_url" in kinds:
             self._send(422, {"error": {"message": "no videos here"}})
         else:
             assert all(part["image_url"]["url"].startswith("data:image/png;base64,") for part in parts[:-1])
             self._send(200, {"choices": [{"message": {"content": f"{kinds.count('image_url')} images"}}]})
 
-    def _send(self, status: int, body: Any) -> None:
+    def _send(self, status: int, body: Any, retry_after: str = "") -> None:
         data = json.dumps(body).encode()
         self.send_response(status)
+        if retry_after:
+            self.send_header("retry-after", retry_after)
         self.send_header("content-length", str(len(data)))
         self.end_headers()
         self.wfile.write(data)
@@ -299,6 +322,21 @@ def test_an_endpoint_is_asked_with_pictures_in_the_request(endpoint: str) -> Non
     assert said[:2] == ["1 images", f"{len(samples[1].media)} images"]
     assert isinstance(said[2], InvalidRequest)
     assert "no videos here" in said[2].message
+
+
+def test_a_busy_endpoint_is_asked_again_when_it_says_and_later_and_later_where_it_does_not(endpoint: str) -> None:
+    _Endpoint.busy[:] = ["7", "", ""]
+    waited: list[float] = []
+    answerer = EndpointAnswerer(endpoint, concurrency=1, sleep=waited.append)
+
+    said = answerer.answer([make_sample("shapes", Split.TEST, 0, 0, SMALL)])
+
+    assert said == ["1 images"]
+    assert waited == [7.0, 1.0, 2.0]
+    _Endpoint.busy[:] = ["1"] * 6
+    with pytest.raises(Unavailable, match="answered 429"):
+        answerer.answer([make_sample("shapes", Split.TEST, 0, 0, SMALL)])
+    answerer.close()
 
 
 def test_an_endpoint_that_is_not_there_is_unavailable() -> None:

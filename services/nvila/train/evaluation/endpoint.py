@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import base64
 import tempfile
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,10 @@ from nvila.train.data.shards import png
 from nvila.train.samples import Sample, SampleMedia
 from nvila.types import MediaKind, MediaPart
 
-_TRIES = 3
+_TRIES = 6
 _AGAIN = (429, 503)
+_FIRST_PAUSE_S = 0.5
+"""Where a busy endpoint does not say how long to wait; doubled each time."""
 
 
 class EndpointAnswerer:
@@ -37,14 +40,19 @@ class EndpointAnswerer:
         frames: int | None = None,
         max_tokens: int = 32,
         timeout_s: float = 300.0,
+        sleep: Callable[[float], object] = time.sleep,
     ) -> None:
-        """`url`: with or without `/v1`. Raises `Unavailable` when nobody answers there."""
+        """`url`: with or without `/v1`. `timeout_s`: of one request, and of one wait for a busy endpoint.
+
+        Raises `Unavailable` when nobody answers there.
+        """
         self._http = httpx.Client(
             base_url=url.rstrip("/").removesuffix("/v1"),
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=httpx.Timeout(timeout_s, connect=5),
         )
         self._frames, self._max_tokens = frames, max_tokens
+        self._timeout_s, self._sleep = timeout_s, sleep
         self._model = model or self._first_model()
         self.name, self.batch = self._model, 4 * concurrency
         self._pool = ThreadPoolExecutor(concurrency, "nvila-evaluate")
@@ -77,6 +85,7 @@ class EndpointAnswerer:
                 raise Unavailable(f"the endpoint broke off: {error}") from None
             if answer.status_code not in _AGAIN or attempt == _TRIES - 1:
                 break
+            self._sleep(min(_asked_pause_s(answer) or _FIRST_PAUSE_S * 2**attempt, self._timeout_s))
         if answer.status_code >= 500 or answer.status_code in (401, 403, 404, 429):
             raise Unavailable(f"the endpoint answered {answer.status_code}: {answer.text[:300]}")
         if answer.status_code >= 400:
@@ -106,6 +115,14 @@ class EndpointAnswerer:
             url = _data_url("video/mp4", path.read_bytes())
         sampling = {"num_frames": self._frames} if self._frames else {}
         return {"type": "video_url", "video_url": {"url": url, **sampling}}
+
+
+def _asked_pause_s(answer: httpx.Response) -> float | None:
+    """`Retry-After` in seconds; None where there is none, or a date."""
+    try:
+        return max(0.0, float(answer.headers.get("retry-after", "")))
+    except ValueError:
+        return None
 
 
 def _data_url(kind: str, data: bytes) -> str:

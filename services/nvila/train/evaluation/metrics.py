@@ -19,7 +19,7 @@ from nvila.train.samples import Sample
 
 METRICS = ("exact", "anls", "vqa", "choice", "interval")
 
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_ARTICLES = ("a", "an", "the")
 _NUMBERS = dict(
     zip(
         "zero one two three four five six seven eight nine ten eleven twelve".split(),  # noqa: SIM905
@@ -75,24 +75,36 @@ def choice(answer: str, right: str, options: Sequence[str]) -> float:
 
 def chosen_letter(answer: str, options: Sequence[str]) -> str:
     """The option that an answer chooses, by its letter or its own words; empty when it does not choose one."""
-    letters = string.ascii_uppercase[: max(len(options), 1)] if options else string.ascii_uppercase
     text = answer.strip()
-    found = re.match(rf"\(?([{letters}{letters.lower()}])\)?(?:[.:,)\s]|$)", text)
-    found = found or re.search(rf"\b(?:answer|option)(?: is|:)?\s*\(?([{letters}])\b", text, re.IGNORECASE)
+    announced = re.search(r"\b(?:answer|option)(?: is|:)?\s*(.+)", text, re.IGNORECASE | re.DOTALL)
+    return _letter(text, options) or (_letter(announced[1], options) if announced else "")
+
+
+def _letter(text: str, options: Sequence[str]) -> str:
+    """What a text begins with, or says in an option's words. An A before other words is an article, an I a pronoun."""
+    letters = string.ascii_uppercase[: len(options)] if options else string.ascii_uppercase
+    any_case = letters + letters.lower()
+    found = re.match(rf"\(?([{any_case}])\)?(?:[.:,)]|\s*$)|\(([{any_case}])\)", text)
     if found:
-        return found[1].upper()
+        return (found[1] or found[2]).upper()
     said = normalised(text)
     matching = [letter for letter, option in zip(letters, options, strict=False) if normalised(option) == said]
-    return matching[0] if len(matching) == 1 else ""
+    if len(matching) == 1:
+        return matching[0]
+    found = re.match(
+        rf"([{any_case}])\s+(?:(?:is|because|since)\b|[-–])|(?![AI]\b)([{any_case}])\s", text, re.IGNORECASE
+    )
+    return (found[1] or found[2]).upper() if found else ""
 
 
 def normalised(text: str) -> str:
-    """Lower case, without articles, punctuation at the ends of words and extra spaces; number words as digits."""
-    words = []
-    for word in _ARTICLES.sub(" ", text.lower()).split():
-        bare = word.strip(string.punctuation)
-        words.append(_NUMBERS.get(bare, bare) if bare else word)
-    return " ".join(words)
+    """Lower case, without articles, punctuation at the ends of words and extra spaces; number words as digits.
+
+    A text of nothing but articles keeps them.
+    """
+    words = [word.strip(string.punctuation) or word for word in text.lower().split()]
+    told = [_NUMBERS.get(word, word) for word in words if word not in _ARTICLES]
+    return " ".join(told or words)
 
 
 def _similarity(a: str, b: str) -> float:
