@@ -11,6 +11,7 @@
     ├── Conflict                the thing asked about is not as the request takes it to be, or somebody else is at it
     ├── Overloaded              no permit or queue full; worth trying again after `retry_after_s`
     ├── Unavailable             a service behind is down, not ready or broke; worth trying again
+    │   └── MediaUnavailable    the host that a media address names is; nothing of ours
     ├── DeadlineExceeded        the request's time is up
     ├── InvalidCheckpoint       a model folder that does not hold what its own configuration says; for the operator
     └── Cancelled               the client left; never shown to it
@@ -82,6 +83,10 @@ class Overloaded(NvilaError):
 
 class Unavailable(NvilaError):
     code = "unavailable"
+
+
+class MediaUnavailable(Unavailable):
+    code = "media_unavailable"
 
 
 class DeadlineExceeded(NvilaError):

@@ -11,7 +11,7 @@ from typing import Any
 import openai
 import pytest
 
-from nvila.errors import InvalidMedia, LimitExceeded, NvilaError, Overloaded, Unavailable
+from nvila.errors import InvalidMedia, LimitExceeded, MediaUnavailable, NvilaError, Overloaded, Unavailable
 from nvila.gateway.admission import Admission
 from tests.gateway.faces import ANSWERED, BEARER, COVERAGE, HELLO, KEY, PAUSE, Gateway, ScriptedPipeline, serving, video
 
@@ -137,6 +137,7 @@ async def _until(lines: Any, wanted: str) -> Any:
         (LimitExceeded.of("frames", asked=257, limit=256), 413, "invalid_request_error"),
         (Overloaded("queue full", retry_after_s=2.5), 429, "rate_limit_error"),
         (Unavailable("vision is away"), 503, "server_error"),
+        (MediaUnavailable("its host answered 503", param="url"), 424, "invalid_request_error"),
         (NvilaError("odd"), 500, "server_error"),
     ],
 )
@@ -154,7 +155,7 @@ async def test_an_error_before_the_first_text_has_its_status_streamed_or_not(
         "param": error.param,
         "code": error.code,
     }
-    if status in (429, 503):
+    if status in (424, 429, 503):
         assert int(response.headers["retry-after"]) == (3 if status == 429 else 1)
 
 

@@ -22,6 +22,7 @@ from nvila.errors import (
     ForbiddenURL,
     InvalidMedia,
     LimitExceeded,
+    MediaUnavailable,
     NotFound,
     NvilaError,
     Overloaded,
@@ -96,6 +97,7 @@ async def test_parts_sampling_and_deadline_reach_the_pipeline_as_over_http(tmp_p
     ("error", "status"),
     [
         (InvalidMedia("bad"), grpc.StatusCode.INVALID_ARGUMENT),
+        (MediaUnavailable("its host is away"), grpc.StatusCode.FAILED_PRECONDITION),
         (LimitExceeded.of("frames", asked=257, limit=256, param="messages"), grpc.StatusCode.INVALID_ARGUMENT),
         (ForbiddenURL("inside"), grpc.StatusCode.PERMISSION_DENIED),
         (NotFound("no such file"), grpc.StatusCode.NOT_FOUND),

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 import pytest
 
-from nvila.errors import DeadlineExceeded, InvalidMedia, InvalidRequest, LimitExceeded, Overloaded, Unavailable
+from nvila.errors import (
+    DeadlineExceeded,
+    InvalidMedia,
+    InvalidRequest,
+    LimitExceeded,
+    MediaUnavailable,
+    Overloaded,
+    Unavailable,
+)
 from nvila.gateway.pipeline import Pipeline, PipelineLimits
 from nvila.model.config import ImageMode, LlmConfig, NvilaConfig, TowerConfig, Wrap
 from nvila.telemetry.metrics import Metrics
@@ -28,7 +37,7 @@ from nvila.types import (
     TextPart,
     VideoSampling,
 )
-from tests.gateway.services import WIDTH, FakeDecoder, FakeFetcher, FakeFrames, FakeStore, FakeVision, card_of
+from tests.gateway.services import WIDTH, FakeDecoder, FakeFetcher, FakeFile, FakeFrames, FakeStore, FakeVision, card_of
 
 CONFIG = NvilaConfig(
     name="fake",
@@ -267,6 +276,22 @@ async def test_what_is_wrong_with_one_of_several_media_names_it() -> None:
     question = ask(MediaKind.IMAGE, MediaKind.VIDEO, sampling=VideoSampling(start_s=99))
     with pytest.raises(InvalidRequest, match="past the video's end") as caught:
         await read(stage.pipeline.answer(question))
+    assert caught.value.param == "media[1]"
+
+
+async def test_an_address_whose_host_is_away_is_named_too() -> None:
+    class Away(FakeFetcher):
+        @asynccontextmanager
+        async def open(self, source: MediaSource, tenant: str, deadline: Deadline) -> AsyncIterator[FakeFile]:
+            if source.kind is MediaKind.VIDEO:
+                raise MediaUnavailable("the host of the media address answered 503", param="url")
+            async with super().open(source, tenant, deadline) as file:
+                yield file
+
+    stage = make_stage()
+    stage.pipeline.fetcher = Away()
+    with pytest.raises(MediaUnavailable) as caught:
+        await read(stage.pipeline.answer(ask(MediaKind.IMAGE, MediaKind.VIDEO)))
     assert caught.value.param == "media[1]"
 
 

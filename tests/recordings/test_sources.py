@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
 from pathlib import Path
 
 import fsspec
 import pytest
 from blake3 import blake3
+from fsspec.implementations.memory import MemoryFileSystem
 
-from nvila.errors import ForbiddenURL, InvalidMedia, InvalidRequest, LimitExceeded
+from nvila.errors import ForbiddenURL, InvalidMedia, InvalidRequest, LimitExceeded, MediaUnavailable
 from nvila.recordings.sources import FileSources, LiveSources, check_store_url
 from nvila.recordings.types import Source, SourceKind
 from nvila.types import Deadline
@@ -70,6 +72,23 @@ async def test_an_object_that_is_too_large_or_not_there_says_so(sources: FileSou
             pass
     with pytest.raises(InvalidMedia):
         async with sources.open(url_source("memory://yard/nothing"), "acme", Deadline.after(10)):
+            pass
+
+
+class _Away(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """A store that answers 503 (as s3fs words it)."""
+
+    protocol = "away"
+
+    def _open(self, path: str, mode: str = "rb", **more: object) -> object:
+        raise OSError(errno.EBUSY, "Please reduce your request rate")
+
+
+async def test_a_store_that_is_away_is_worth_another_try() -> None:
+    fsspec.register_implementation("away", _Away, clobber=True)
+    sources = FileSources(Uploads(), stores=("away://yard",))
+    with pytest.raises(MediaUnavailable):
+        async with sources.open(url_source("away://yard/a.mp4"), "acme", Deadline.after(10)):
             pass
 
 

@@ -25,6 +25,7 @@ EXIT_CODES = {
     "not_found": 5,
     "overloaded": 6,
     "unavailable": 7,
+    "media_unavailable": 7,
     "gone": 7,
     "start_failed": 7,
     "deadline_exceeded": 8,

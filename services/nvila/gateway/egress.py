@@ -20,11 +20,13 @@ from urllib.parse import urlsplit
 import httpcore
 import httpx
 
-from nvila.errors import ForbiddenURL, InvalidMedia, InvalidRequest
+from nvila.errors import ForbiddenURL, InvalidMedia, InvalidRequest, MediaUnavailable
 
 IPAddress = ipaddress.IPv4Address | ipaddress.IPv6Address
 IPNetwork = ipaddress.IPv4Network | ipaddress.IPv6Network
 
+_UNKNOWN = (socket.EAI_NONAME, socket.EAI_NODATA)
+"""What a name server says of a name that does not exist, or has no address; everything else is its own trouble."""
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")  # RFC 6052: a public IPv4 address behind a translator
 _NEVER = (
     ipaddress.IPv6Network("64:ff9b:1::/48"),  # RFC 8215: translation for local use
@@ -107,7 +109,8 @@ def _plain(host: str) -> str:
 
 class Resolver(Protocol):
     async def resolve(self, host: str, port: int) -> Sequence[str]:
-        """All addresses of a host name. Raises `OSError` when it has none."""
+        """All addresses of a host name. Raises `OSError`: `socket.gaierror` with EAI_NONAME or EAI_NODATA when it has
+        none."""
         ...
 
 
@@ -145,7 +148,8 @@ class Door:
         self._resolver = resolver
 
     async def addresses(self, host: str, port: int) -> Sequence[str]:
-        """All of the host's. Raises `ForbiddenURL` when one of them is denied, `InvalidMedia` when there are none."""
+        """All of the host's. Raises `ForbiddenURL` when one of them is denied, `InvalidMedia` when there are none,
+        `MediaUnavailable` when nobody can say at present."""
         found = await self._resolved(host, port)
         self._policy.check(host, port, found)
         return [str(address) for address in found]
@@ -156,7 +160,11 @@ class Door:
             return [literal]
         try:
             found = await self._resolver.resolve(host, port)
-        except (OSError, UnicodeError):
+        except UnicodeError:
+            found = []
+        except OSError as error:
+            if error.errno not in _UNKNOWN:
+                raise MediaUnavailable("the host of the media address could not be looked up") from None
             found = []
         if not found:
             raise InvalidMedia("the host of the media address is not known")

@@ -20,7 +20,7 @@ import certifi
 import httpcore
 import httpx
 
-from nvila.errors import ForbiddenURL, InvalidMedia, InvalidRequest, UnsupportedMedia
+from nvila.errors import ForbiddenURL, InvalidMedia, InvalidRequest, MediaUnavailable, UnsupportedMedia
 from nvila.gateway.egress import EgressPolicy, PinnedBackend, Resolver, SystemResolver, parse_url
 from nvila.gateway.files import FileStore
 from nvila.gateway.ports import LocalMedia
@@ -30,6 +30,8 @@ from nvila.telemetry.metrics import Metrics
 from nvila.types import Deadline, MediaKind, MediaSource
 
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_TRY_AGAIN = frozenset({408, 425, 429})
+"""Beside 5xx: what a host answers that may give the media later."""
 _DATA_HEADER = re.compile(r"data:([^,;\s]*)((?:;[^,;]*)*),", re.IGNORECASE)
 _LONGEST_DATA_HEADER = 256
 _OF_BOTH_KINDS = ("application/octet-stream", "image/gif", "image/webp")  # animations are videos to who says so
@@ -76,7 +78,7 @@ class MediaFetcher:
     @asynccontextmanager
     async def open(self, source: MediaSource, tenant: str, deadline: Deadline) -> AsyncIterator[LocalMedia]:
         """The item's bytes, on disk until the end of the block. Raises `InvalidRequest` and its kin, `NotFound`,
-        `DeadlineExceeded`."""
+        `DeadlineExceeded`, and `MediaUnavailable` for a host that is away, broke off or asks for patience."""
         if source.file_id is not None:
             async with self._files.open(tenant, source.file_id) as file:
                 self._count("file", file.size_bytes)
@@ -109,13 +111,18 @@ class MediaFetcher:
                 return await spool.finish()
         except (TimeoutError, httpcore.TimeoutException):
             deadline.left_s()
-            raise InvalidMedia(
+            raise MediaUnavailable(
                 f"the host of the media address is too slow: nothing for {self._limits.silence_s:g} s, "
                 f"or not whole in {min(left_s, self._limits.timeout_s):g} s",
                 param="url",
             ) from None
-        except (httpcore.NetworkError, httpcore.ProtocolError, ssl.SSLError):
-            raise InvalidMedia(
+        except (httpcore.NetworkError, httpcore.ProtocolError, ssl.SSLError) as error:
+            cause = error.args[0] if error.args else None  # httpcore's errors hold those that they stand for
+            if isinstance(cause, ssl.SSLCertVerificationError):
+                raise InvalidMedia(
+                    f"the certificate of the media address's host is refused: {cause.verify_message}", param="url"
+                ) from None
+            raise MediaUnavailable(
                 "the media could not be fetched: the connection failed or broke off", param="url"
             ) from None
 
@@ -152,6 +159,8 @@ class MediaFetcher:
             found = {name.lower(): value for name, value in response.headers}
             if response.status in _REDIRECTS and b"location" in found:
                 return found[b"location"].decode("latin-1")
+            if response.status >= 500 or response.status in _TRY_AGAIN:
+                raise MediaUnavailable(f"the host of the media address answered {response.status}", param="url")
             if response.status != 200:
                 raise InvalidMedia(f"the host of the media address answered {response.status}, not 200", param="url")
             if found.get(b"content-encoding", b"identity").strip().lower() not in (b"", b"identity"):

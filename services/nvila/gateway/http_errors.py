@@ -16,6 +16,7 @@ from nvila.errors import (
     ForbiddenURL,
     InvalidRequest,
     LimitExceeded,
+    MediaUnavailable,
     NotFound,
     NvilaError,
     Overloaded,
@@ -35,6 +36,7 @@ _STATUS: dict[type[NvilaError], int] = {
     Conflict: 409,
     Overloaded: 429,
     Unavailable: 503,
+    MediaUnavailable: 424,  # a 503 would say that the gateway is down, to balancers too
     DeadlineExceeded: 504,
     Cancelled: 499,
     NvilaError: 500,

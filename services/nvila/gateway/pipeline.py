@@ -25,7 +25,15 @@ from dataclasses import dataclass, replace
 
 from nvila.cache.codec import RecordFormat
 from nvila.cache.keys import plan_key
-from nvila.errors import Cancelled, DeadlineExceeded, InvalidRequest, LimitExceeded, NotFound, Unavailable
+from nvila.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    InvalidRequest,
+    LimitExceeded,
+    MediaUnavailable,
+    NotFound,
+    Unavailable,
+)
 from nvila.gateway.generation import Generation
 from nvila.gateway.media import ChunkState, MediaItem, PlanRecord, is_tiled
 from nvila.gateway.ports import Decoder, Fetcher, Frames, LocalMedia, Recordings, Store, Vision
@@ -535,6 +543,6 @@ def _blaming(source: MediaSource) -> Iterator[None]:
     """What is wrong with one of several media items names the part of the request that brought it."""
     try:
         yield
-    except InvalidRequest as error:
+    except (InvalidRequest, NotFound, MediaUnavailable) as error:
         error.param = source.param or error.param
         raise

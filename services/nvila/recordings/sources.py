@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 import fsspec
 from blake3 import blake3
 
-from nvila.errors import ForbiddenURL, InvalidMedia, InvalidRequest, LimitExceeded, NvilaError
+from nvila.errors import ForbiddenURL, InvalidMedia, InvalidRequest, LimitExceeded, MediaUnavailable, NvilaError
 from nvila.recordings.inbox import Inbox, Piece
 from nvila.recordings.seal import Seal
 from nvila.recordings.types import Recording, Segment, Source, SourceKind
@@ -156,9 +156,11 @@ def _download(url: str, path: Path, most_bytes: int) -> tuple[int, bytes]:
                 target.write(data)
     except NvilaError:
         raise
+    except (FileNotFoundError, IsADirectoryError, PermissionError):
+        raise InvalidMedia("the object is not in its store, or may not be read", param="url") from None
     except Exception as error:  # the edge to whichever store this is: each has errors of its own
         _log.warning("a source could not be read", extra={"fields": {"reason": type(error).__name__}})
-        raise InvalidMedia("the object could not be read from its store", param="url") from None
+        raise MediaUnavailable("the object could not be read from its store", param="url") from None
     return size, digest.digest()
 
 
