@@ -105,7 +105,7 @@ def test_questions_asked_apart_are_each_laid_out_as_if_they_were_the_only_one(ch
     ).positions_P.numpy()
 
     assert questions > 2
-    assert sorted(set(ready.turns_P.tolist())) == list(range(questions + 1))
+    assert sorted(set(ready.turns_P.tolist())) == list(range(questions + len(sample.cues) + 1))
     for turn in range(questions):
         user, answer = sample.messages[2 * turn : 2 * turn + 2]
         user = user if turn == 0 else replace(user, parts=(*sample.messages[0].parts[:1], *user.parts))
@@ -114,6 +114,18 @@ def test_questions_asked_apart_are_each_laid_out_as_if_they_were_the_only_one(ch
         np.testing.assert_array_equal(ready.ids_P[own], alone.ids_P)
         np.testing.assert_array_equal(ready.labels_P[own], alone.labels_P)
         np.testing.assert_array_equal(positions[own], np.arange(alone.positions))
+
+
+def test_cues_are_answered_at_once(checkpoint: Checkpoint) -> None:
+    sample = make_sample("describing", Split.TRAIN, 0, 3, replace(SMALL, questions=5))
+    ready = made(checkpoint, sample, replace(PLAIN, asks_apart=True, max_positions=4096))
+    tokenizer = checkpoint.tokenizer()
+
+    learned_last = [
+        tokenizer.decode([label for label in ready.labels_P[ready.turns_P == turn].tolist() if label >= 0])
+        for turn in range(len(sample.messages) // 2 + 1, int(ready.turns_P.max()) + 1)
+    ]
+    assert learned_last == [answer for _, answer in sample.cues]
 
 
 def test_one_conversation_in_four_stays_whole_so_that_what_was_said_before_is_used_too(checkpoint: Checkpoint) -> None:

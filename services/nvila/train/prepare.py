@@ -45,9 +45,9 @@ class PrepareSettings:
     `names_patches`: no question is answered, but what each patch of a tile shows is named. `names_tokens`: of pictures
     with truth about their pixels the language model names what each visual token shows, or where it is, besides
     answering. `asks_apart`: three of four conversations about the same media are learned as if each question were the
-    only one, behind media that are seen once (`Prepared.turns_P`): no answer can be copied from those before it.
-    `spells`: numbers in answers, and all of an answer that is judged by its letters (`anls`), are learned
-    letter by letter, which is how they are seen; they decode to the same text."""
+    only one, and the sample's cues with them, behind media that are seen once (`Prepared.turns_P`): no answer can be
+    copied from those before it. `spells`: numbers in answers, and all of an answer that is judged by its letters
+    (`anls`), are learned letter by letter, which is how they are seen; they decode to the same text."""
 
     frames: tuple[int, ...] = (8,)
     max_positions: int = 8192
@@ -106,16 +106,14 @@ def prepare(sample: Sample, config: NvilaConfig, tokenizer: ChatTokenizer, setti
     tiled = [_tiles(media, sample, config, settings, is_tiled) for media in sample.media]
     media = [item[2] for item in tiled]
     told = _timed(sample, config)
-    asked = [told]
-    if settings.asks_apart and sample.index % 4 and sample.media:
-        asked = _apart(told)
-    laid = [_lay_out(messages, media, sample, config, tokenizer, settings) for messages in asked]
-    rows = laid[0][2]
-    begin = int(np.flatnonzero(laid[0][0] == VISUAL)[-1]) + 1 if len(laid) > 1 else 0
-    ids, labels = (np.concatenate([laid[0][kind][:begin], *(one[kind][begin:] for one in laid)]) for kind in (0, 1))
-    turns = np.repeat(np.arange(len(laid) + 1), [begin, *(len(one[0]) - begin for one in laid)])
-    if len(laid) == 1:
-        turns[:] = 0
+    is_apart = bool(settings.asks_apart and sample.index % 4 and sample.media)
+    laid = [
+        _lay_out(messages, media, sample, config, tokenizer, settings)
+        for messages in (_apart(told) if is_apart else [told])
+    ]
+    (ids, labels, rows), turns = laid[0], np.zeros(len(laid[0][0]), np.int64)
+    if is_apart:
+        ids, labels, turns = _side_by_side(laid, [_cue(cue, answer, tokenizer) for cue, answer in sample.cues])
     if settings.names_tokens and sample.truth_KHW is not None:
         block_size = tiled[0][0].block_size or (1, 1)
         _name_tokens(labels, np.flatnonzero(ids == VISUAL), block_size, sample, sample.truth_KHW, tokenizer)
@@ -147,6 +145,27 @@ def _apart(messages: Sequence[Message]) -> list[tuple[Message, ...]]:
     seen = tuple(part for part in first.parts if isinstance(part, MediaPart))
     asked = [first, *(replace(other, parts=(*seen, *other.parts)) for other in others)]
     return [*zip(asked, answers, strict=True)]
+
+
+def _cue(cue: str, answer: str, tokenizer: ChatTokenizer) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """ids_P and labels_P of a question without a template around it."""
+    asked, said = tokenizer.encode(" " + cue), tokenizer.encode(answer)
+    return np.array([*asked, *said], np.int64), np.array([IGNORE] * len(asked) + said, np.int64)
+
+
+def _side_by_side(
+    laid: Sequence[tuple[NDArray[np.int64], ...]], cues: Sequence[tuple[NDArray[np.int64], NDArray[np.int64]]]
+) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+    """ids_P, labels_P and turns_P: what all conversations begin with, to the last visual token, once; then the rest of
+    each, and the cues."""
+    begin = int(np.flatnonzero(laid[0][0] == VISUAL)[-1]) + 1
+    runs = [
+        (laid[0][0][:begin], laid[0][1][:begin]),
+        *((ids[begin:], labels[begin:]) for ids, labels, _ in laid),
+        *cues,
+    ]
+    ids, labels = (np.concatenate([run[kind] for run in runs]) for kind in (0, 1))
+    return ids, labels, np.repeat(np.arange(len(runs)), [len(run[0]) for run in runs])
 
 
 def _lay_out(

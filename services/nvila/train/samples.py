@@ -63,6 +63,9 @@ class Sample:
     choices: tuple[str, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
     """What the generator knows besides: font, text height in pixels, layout. Never shown to a model."""
+    cues: tuple[tuple[str, str], ...] = ()
+    """Questions of a few words about the media, and what follows them at once; asked only where questions are asked
+    apart (`prepare.PrepareSettings`)."""
     truth_KHW: NDArray[np.uint8] | None = None
     """What each pixel of the only picture shows, for naming patches and visual tokens (data/tasks/truth.py)."""
 

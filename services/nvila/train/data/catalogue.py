@@ -64,5 +64,6 @@ def make_sample(family: str, split: Split, seed: int, index: int, knobs: Knobs |
         answers=(made.answer, *made.answers),
         choices=made.choices,
         notes=made.notes | ({"held_out": True} if draw.is_held_out else {}),
+        cues=made.cues,
         truth_KHW=made.truth_KHW,
     )

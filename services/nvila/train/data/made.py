@@ -21,8 +21,8 @@ Turn = tuple[str, str]
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Made:
     """`task`: after the family's dot. `answers`: besides `answer`, what counts as right too. `more`: further questions
-    about the same media with their answers, as many as the knobs allow. `truth_KHW`: what each pixel of a picture
-    shows (`tasks/truth.py`)."""
+    about the same media with their answers, as many as the knobs allow. `cues`: `samples.Sample`. `truth_KHW`: what
+    each pixel of a picture shows (`tasks/truth.py`)."""
 
     task: str
     question: str
@@ -33,6 +33,7 @@ class Made:
     choices: tuple[str, ...] = ()
     notes: dict[str, Any] = field(default_factory=dict)
     more: tuple[Turn, ...] = ()
+    cues: tuple[Turn, ...] = ()
     truth_KHW: NDArray[np.uint8] | None = None
 
 

@@ -44,6 +44,7 @@ def make(draw: Draw) -> Made:
         answer=answer,
         media=images(picture),
         more=more,
+        cues=_cues(draw, things, centres),
         truth_KHW=truth_KHW,
     )
 
@@ -76,6 +77,22 @@ def _traits(draw: Draw, things: list[Thing]) -> list[Turn]:
     return turns
 
 
+def _cues(draw: Draw, things: list[Thing], centres: list[At]) -> tuple[Turn, ...]:
+    """The shortest questions that the picture answers: "star color" is red."""
+    kinds, hues = [kind for _, kind in things], [hue for hue, _ in things]
+    cues = [(f"{kind} color", f" {hue}") for hue, kind in things if kinds.count(kind) == 1]
+    cues += [(f"{hue} shape", f" {kind}") for hue, kind in things if hues.count(hue) == 1]
+    cues += [(f"{many((kind, kind), 'shape')} number", f" {kinds.count(kind)}") for kind in dict.fromkeys(kinds)]
+    cues += [(f"{many((hue, hue), 'color')} number", f" {hues.count(hue)}") for hue in dict.fromkeys(hues)]
+    cues += [
+        (f"{' '.join(thing)} place", f" {place(*at)}")
+        for thing, at in zip(things, centres, strict=True)
+        if things.count(thing) == 1
+    ]
+    cues += [(f"{one}, {other}", f" {side}") for one, other, side in _sides(things, centres)]
+    return tuple(draw.some_of(cues, min(len(cues), 2 * draw.knobs.questions)))
+
+
 def _counts(draw: Draw, things: list[Thing]) -> list[Turn]:
     turns: list[Turn] = []
     for way, counted in (
@@ -98,8 +115,20 @@ def _places(draw: Draw, things: list[Thing], centres: list[At]) -> list[Turn]:
 
 
 def _relations(draw: Draw, things: list[Thing], centres: list[At]) -> list[Turn]:
-    """Of pairs that stand clearly beside, or clearly above each other."""
     turns: list[Turn] = []
+    for one, other, side in _sides(things, centres):
+        turns.append((draw.one_of(RELATION_QUESTIONS).format(one, other), side))
+        right, down = SIDES[side]
+        opposite = next(name for name, way in SIDES.items() if way == (-right, -down))
+        claimed = draw.one_of((side, opposite))
+        claim = draw.one_of(VERIFY_QUESTIONS).format(one, claimed, other)
+        turns.append((claim, "yes" if claimed == side else "no"))
+    return turns
+
+
+def _sides(things: list[Thing], centres: list[At]) -> list[tuple[str, str, str]]:
+    """Pairs that stand clearly beside, or clearly above each other, and how the first stands to the second."""
+    found: list[tuple[str, str, str]] = []
     for one, at in zip(things, centres, strict=True):
         for other, its_at in zip(things, centres, strict=True):
             dx, dy = at[0] - its_at[0], at[1] - its_at[1]
@@ -109,10 +138,5 @@ def _relations(draw: Draw, things: list[Thing], centres: list[At]) -> list[Turn]
                 continue
             step = (round(dx / abs(dx)), 0) if abs(dx) > abs(dy) else (0, round(dy / abs(dy)))
             side = next(name for name, way in SIDES.items() if way == step)
-            opposite = next(name for name, way in SIDES.items() if way == (-step[0], -step[1]))
-            names = " ".join(one), " ".join(other)
-            turns.append((draw.one_of(RELATION_QUESTIONS).format(*names), side))
-            claimed = draw.one_of((side, opposite))
-            claim = draw.one_of(VERIFY_QUESTIONS).format(names[0], claimed, names[1])
-            turns.append((claim, "yes" if claimed == side else "no"))
-    return turns
+            found.append((" ".join(one), " ".join(other), side))
+    return found
