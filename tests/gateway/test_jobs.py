@@ -99,6 +99,29 @@ async def test_jobs_that_make_no_sense_are_refused_at_the_field(
     assert (refused.status_code, refused.json()["error"]["param"]) == (status, param), refused.text
 
 
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ('{"question": "x", "max_tokens": NaN}', "not valid JSON"),
+        ('{"question": "x", "max_tokens": -Infinity}', "not valid JSON"),
+        ('{"question": "x", "max_tokens": 1e999}', "too large"),
+        (r'{"question": "\ud800"}', "not valid JSON"),
+        ('{"question": "x", "more": ' + "[" * 250 + "]" * 250 + "}", "not valid JSON"),
+    ],
+)
+async def test_json_that_could_not_be_written_again_is_refused(tmp_path: Path, given: str, says: str) -> None:
+    async with serving(tmp_path) as gateway:
+        recording_id = await _recording(gateway, 60)
+        body = f'{{"kind": "ask", "recording": "{recording_id}", "params": {given}}}'
+        headers = {**BEARER, "Content-Type": "application/json"}
+        refused = await gateway.client.post("/v1/jobs", content=body, headers=headers)
+        metadata = r'{"source": {"type": "push"}, "name": "\udc00", "metadata": {"a": "\ud800"}}'
+        unnamed = await gateway.client.post("/v1/recordings", content=metadata, headers=headers)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (422, "invalid_request")
+    assert says in refused.json()["error"]["message"]
+    assert (unnamed.status_code, unnamed.json()["error"]["code"]) == (422, "invalid_request")
+
+
 async def test_jobs_that_wait_are_only_so_many(tmp_path: Path) -> None:
     async with serving(tmp_path) as gateway:
         recording_id = await _recording(gateway, 60)

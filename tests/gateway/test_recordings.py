@@ -349,6 +349,12 @@ async def test_a_job_is_submitted_followed_and_cancelled_over_grpc(tmp_path: Pat
             grpc.StatusCode.INVALID_ARGUMENT,
             "params_json",
         ),
+        (
+            "CreateJob",
+            pb.CreateJobRequest(kind="ask", params_json=r'{"question": "\ud800"}'),
+            grpc.StatusCode.INVALID_ARGUMENT,
+            "params_json",
+        ),
         ("CreateJob", pb.CreateJobRequest(kind="ingest"), grpc.StatusCode.INVALID_ARGUMENT, "kind"),
     ],
 )

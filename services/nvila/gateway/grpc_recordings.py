@@ -15,6 +15,7 @@ from nvila.gateway import push
 from nvila.gateway.admission import Admission
 from nvila.gateway.auth import ApiKeys
 from nvila.gateway.grpc_call import answering, header
+from nvila.gateway.parse import read_json
 from nvila.gateway.recordings import NewRecording, Recordings, kept, progress_of, shown_params
 from nvila.recordings.types import ChunkPolicy, Job, JobKind, JobState, Recording, RecordingState, SourceKind
 from nvila.types import Gap, RecordingWindow
@@ -235,10 +236,7 @@ def _params(given: str) -> dict[str, Any]:
         raise LimitExceeded.of(
             "characters of params_json", asked=len(given), limit=_LONGEST_PARAMS, param="params_json"
         )
-    try:
-        params = json.loads(given) if given else {}
-    except ValueError:
-        params = None
+    params = read_json(given, "params_json", "params_json") if given else {}
     if not isinstance(params, dict):
         raise InvalidRequest("params_json: must be a JSON object", param="params_json")
     return params

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from typing import Any, Literal, TypedDict
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -23,6 +24,7 @@ from nvila.gateway.http_docs import add_docs
 from nvila.gateway.http_errors import error_object, json_response, note_failure, to_response
 from nvila.gateway.http_services import Having, HttpSettings, Services, Tenant
 from nvila.gateway.middleware import BodyBounded, KeyNeeded, Named
+from nvila.gateway.parse import read_json
 from nvila.gateway.replies import ChatCompletion
 from nvila.model.config import NvilaConfig
 from nvila.telemetry.metrics import CONTENT_TYPE
@@ -69,6 +71,7 @@ def create_app(keys: ApiKeys, settings: HttpSettings, open_services: OpenService
         ],
         exception_handlers={NvilaError: _failed, HTTPException: _no_route, RequestValidationError: _bad_query},
     )
+    app.router.route_class = _Route
     _add_chat(app, settings)
     http_files.add_files(app, settings)
     http_uploads.add_uploads(app)
@@ -81,6 +84,23 @@ def create_app(keys: ApiKeys, settings: HttpSettings, open_services: OpenService
         add_docs(app)
     app.openapi_schema = _document(app)
     return app
+
+
+class _Request(Request):
+    async def json(self) -> Any:
+        return read_json(await self.body())
+
+
+class _Route(APIRoute):
+    """Reads every JSON body as a chat request's is read."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        handle = super().get_route_handler()
+
+        async def handle_strictly(request: Request) -> Response:
+            return await handle(_Request(request.scope, request.receive))
+
+        return handle_strictly
 
 
 def _ref(model: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""From the bytes of a chat request's JSON to `Asked`."""
+"""From the bytes of a request's JSON to what it holds; a chat request's to `Asked`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,19 @@ _ROLES = {"system": Role.SYSTEM, "developer": Role.SYSTEM, "user": Role.USER, "a
 _DURATION = re.compile(r"(\d{1,9}(?:\.\d{1,9})?)s")
 
 
-def parse_chat(body: bytes, limits: RequestLimits) -> schema.ChatRequest:
-    """Raises `InvalidRequest` with the path of the first field that is wrong. Nesting is bounded by the JSON reader
-    (200 levels), NaN and Infinity are not JSON, and messages and parts are counted before anything else is looked at.
-    """
+def read_json(data: bytes | str, what: str = "the body", param: str | None = None) -> Any:
+    """As strictly as what is made of it must be written again: NaN, Infinity and halves of surrogate pairs are not
+    JSON, and nesting is bounded (200 levels). Raises `InvalidRequest`."""
     try:
-        plain = from_json(body, allow_inf_nan=False)
+        return from_json(data, allow_inf_nan=False)
     except ValueError as error:
-        raise InvalidRequest(f"the body is not valid JSON: {error}") from None
+        raise InvalidRequest(f"{what} is not valid JSON: {error}", param=param) from None
+
+
+def parse_chat(body: bytes, limits: RequestLimits) -> schema.ChatRequest:
+    """Raises `InvalidRequest` with the path of the first field that is wrong. Messages and parts are counted before
+    anything else is looked at."""
+    plain = read_json(body)
     if not isinstance(plain, dict):
         raise InvalidRequest("the body must be a JSON object")
     _count(plain, limits)

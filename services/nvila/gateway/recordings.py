@@ -6,6 +6,7 @@ Nothing here waits for work: whatever takes long is a job in the database, done 
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Mapping, Sequence
@@ -242,6 +243,7 @@ class Recordings:
         if kind not in ASKED_KINDS:
             raise InvalidRequest(f"kind: {kind} given, must be one of {', '.join(ASKED_KINDS)}", param="kind")
         check_window(window)
+        _check_numbers(params)
         recording = await self.get(tenant, recording_id)
         _check_reach(window, recording)
         whole = {**params, **window_params(window)}
@@ -411,6 +413,14 @@ def progress_of(recording: Recording) -> float | None:
 
 def shown_params(job: Job) -> dict[str, Any]:
     return {name: value for name, value in job.params.items() if name not in NEVER_SHOWN}
+
+
+def _check_numbers(params: Mapping[str, Any]) -> None:
+    """What is read as infinity, such as 1e999, is no number that a job could keep."""
+    try:
+        json.dumps(dict(params), allow_nan=False)
+    except ValueError:
+        raise InvalidRequest("params: a number in it is too large", param="params") from None
 
 
 def _check_reach(window: RecordingWindow, recording: Recording) -> None:
