@@ -10,6 +10,7 @@ import asyncio
 import base64
 import hashlib
 import secrets
+import ssl
 import struct
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -53,11 +54,20 @@ class Clip:
 
 
 class Camera:
-    """`user`, `password`: asked for when set. Change its attributes to make it misbehave."""
+    """`user`, `password`: asked for when set. `tls`: rtsps. Change its attributes to make it misbehave."""
 
-    def __init__(self, clip: Clip, *, user: str = "", password: str = "", is_digest: bool = True) -> None:
+    def __init__(
+        self,
+        clip: Clip,
+        *,
+        user: str = "",
+        password: str = "",
+        is_digest: bool = True,
+        tls: ssl.SSLContext | None = None,
+    ) -> None:
         self.clip = clip
         self.user, self.password, self.is_digest = user, password, is_digest
+        self._tls = tls
         self.clock_s = 0.0
         """Added to its stamps from now on: its clock was set."""
         self.is_silent = False
@@ -73,14 +83,14 @@ class Camera:
 
     @property
     def url(self) -> str:
-        return f"rtsp://127.0.0.1:{self.port}/yard"
+        return f"rtsp{'s' if self._tls else ''}://127.0.0.1:{self.port}/yard"
 
     @property
     def clients(self) -> int:
         return len(self._clients)
 
     async def start(self) -> None:
-        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port)
+        self._server = await asyncio.start_server(self._serve, "127.0.0.1", self.port, ssl=self._tls)
         self.port = self._server.sockets[0].getsockname()[1]
 
     async def stop(self) -> None:
@@ -217,8 +227,8 @@ def _payloads(units: tuple[bytes, ...]) -> list[tuple[bytes, bool]]:
 
 
 @asynccontextmanager
-async def camera(clip: Clip, **more: str | bool) -> AsyncIterator[Camera]:
-    shown = Camera(clip, **more)  # type: ignore[arg-type]  # credentials
+async def camera(clip: Clip, **more: str | bool | ssl.SSLContext) -> AsyncIterator[Camera]:
+    shown = Camera(clip, **more)  # type: ignore[arg-type]  # its own
     await shown.start()
     try:
         yield shown

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import aclosing
@@ -16,13 +17,22 @@ import psutil
 import pytest
 from cryptography.fernet import Fernet
 
-from nvila.errors import ForbiddenURL, InvalidRequest, NotFound, Unauthenticated, Unavailable
+from nvila.errors import (
+    ForbiddenURL,
+    InvalidMedia,
+    InvalidRequest,
+    NotFound,
+    NvilaError,
+    Unauthenticated,
+    Unavailable,
+)
 from nvila.recordings.camera import CameraLimits, CameraReader, check_camera_url
 from nvila.recordings.capture import CaptureClock, StatusReader, parameter_sets
 from nvila.recordings.seal import Seal
-from nvila.recordings.sources import Away, Footage, LiveEvent
+from nvila.recordings.sources import Away, Footage, LiveEvent, Lost
 from nvila.recordings.types import Recording, Source, SourceKind
 from nvila.telemetry.metrics import Metrics
+from tests.certificates import make_certificate
 from tests.recordings import made
 from tests.recordings.rtsp import Camera, Clip, camera
 from tests.recordings.taking import write_clip
@@ -127,6 +137,79 @@ async def test_a_camera_that_drops_is_told_away_and_connected_to_again(reader: C
         while not (after := await footage(events)).is_new_session:
             pass
     assert after.captured_at - before.captured_at > 1.0, "the clock runs on while it is away"
+
+
+@pytest.mark.parametrize("error", [InvalidMedia("the host is not known"), Unavailable("no name server answers")])
+async def test_a_name_server_that_forgets_costs_a_moment(clip: Clip, tmp_path: Path, error: NvilaError) -> None:
+    class Forgetful(Loopback):
+        async def addresses(self, host: str, port: int) -> Sequence[str]:
+            if not self.asked:
+                self.asked.append((host, port))
+                raise error
+            return await super().addresses(host, port)
+
+    patient = replace(_LIMITS, refused_pause_s=600.0)
+    reader = CameraReader(Forgetful(), tmp_path / "captures", Metrics(), patient)
+    async with camera(clip) as shown, aclosing(reader.events(watched(shown))) as events:
+        assert (await away(events)).error is error
+        assert (await footage(events)).is_new_session
+    reader.close()
+
+
+async def test_a_camera_that_vanishes_is_counted_away_and_so_is_one_that_was_never_reached(
+    clip: Clip, tmp_path: Path
+) -> None:
+    metrics = Metrics()
+    reader = CameraReader(Loopback(), tmp_path / "captures", metrics, _LIMITS)
+
+    def counted() -> list[float | None]:
+        states = ("connected", "away")
+        return [metrics.registry.get_sample_value("nvila_captures", {"source": "rtsp", "state": one}) for one in states]
+
+    async with camera(clip) as shown, aclosing(reader.events(watched(shown))) as events:
+        await shown.stop()
+        await away(events)
+        assert counted() == [0, 1]
+        await shown.start()
+        await footage(events)
+        assert counted() == [1, 0]
+        await shown.stop()
+        await away(events)
+        assert counted() == [0, 1]
+    assert counted() == [0, 0]
+    reader.close()
+
+
+async def test_who_is_too_slow_is_told_what_was_lost(clip: Clip, tmp_path: Path) -> None:
+    reader = CameraReader(Loopback(), tmp_path / "captures", Metrics(), replace(_LIMITS, most_waiting=1))
+    async with camera(clip) as shown, aclosing(reader.events(watched(shown))) as events:
+        first = await footage(events)
+        async with asyncio.timeout(30):
+            while not list(first.path.parent.glob("0-4.*")):
+                await asyncio.sleep(0.02)
+        lost = await anext(events)
+        assert isinstance(lost, Lost)
+        while not isinstance(after := await anext(events), Footage):
+            assert isinstance(after, Lost)
+            assert after.start == pytest.approx(lost.until, abs=0.02)
+            lost = after
+    assert first.until == pytest.approx(first.captured_at + 0.5, abs=0.02)
+    assert after.captured_at == pytest.approx(lost.until, abs=0.02)
+    reader.close()
+
+
+async def test_a_camera_whose_certificate_is_not_trusted_is_told_so_and_read_once_its_authority_is(
+    reader: CameraReader, clip: Clip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made_for = make_certificate(tmp_path)
+    tls = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    tls.load_cert_chain(made_for / "tls.crt", made_for / "tls.key")
+    async with camera(clip, tls=tls) as shown:
+        async with aclosing(reader.events(watched(shown))) as events:
+            assert "certificate is not trusted: self-signed" in (await away(events)).error.message
+        monkeypatch.setenv("SSL_CERT_FILE", str(made_for / "ca.crt"))
+        async with aclosing(reader.events(watched(shown))) as events:
+            assert isinstance(await anext(events), Footage)
 
 
 async def test_a_silent_camera_is_told_away(reader: CameraReader, clip: Clip) -> None:

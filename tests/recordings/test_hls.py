@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from nvila.errors import ForbiddenURL, InvalidMedia, UnsupportedMedia
+from nvila.errors import DeadlineExceeded, ForbiddenURL, InvalidMedia, UnsupportedMedia
 from nvila.recordings.hls import HlsReader, Playlist, parse_playlist
 from nvila.recordings.seal import Seal
 from nvila.recordings.sources import Away, Ended, Footage
 from nvila.recordings.types import Recording, Segment, Source, SourceKind
+from nvila.telemetry.metrics import Metrics
 from nvila.types import Deadline, MediaSource
 from tests.recordings import made
 from tests.recordings.taking import Local
@@ -104,7 +105,7 @@ def test_times_run_on_from_the_last_date_that_the_playlist_gives() -> None:
 async def test_a_live_playlist_is_followed_and_each_segment_comes_once(web: Web, tmp_path: Path) -> None:
     web.pages = {_BASE: playlist(1, 2), **{f"https://cdn.example/live/{n}.ts": b"%d" % n for n in range(1, 9)}}
     web.pages[_BASE] = web.pages[_BASE].replace(b"DURATION:2", b"DURATION:0.1")
-    reader = HlsReader(web, tmp_path / "hls", first_pause_s=0.01)
+    reader = HlsReader(web, tmp_path / "hls", Metrics(), first_pause_s=0.01)
     pieces: list[tuple[bytes, float]] = []
     async with asyncio.timeout(30), aclosing(reader.events(recording())) as events:
         async for event in events:
@@ -124,7 +125,7 @@ async def test_a_live_playlist_is_followed_and_each_segment_comes_once(web: Web,
 async def test_segments_that_were_missed_keep_their_place_without_dates(web: Web, tmp_path: Path) -> None:
     web.pages = {f"https://cdn.example/live/{n}.ts": b"x" for n in range(20)}
     web.pages[_BASE] = playlist(1, 1, dated=False).replace(b"DURATION:2", b"DURATION:0.1")
-    reader, at = HlsReader(web, tmp_path / "hls", clock=lambda: 1000.0), []
+    reader, at = HlsReader(web, tmp_path / "hls", Metrics(), clock=lambda: 1000.0), []
     async with asyncio.timeout(30), aclosing(reader.events(recording())) as events:
         async for event in events:
             if isinstance(event, Footage):
@@ -150,7 +151,7 @@ async def test_segments_that_were_missed_for_long_do_not_lie_in_the_future(web: 
         source_number=9,
         source_until=clock.now - 70.0,
     )
-    reader = HlsReader(web, tmp_path / "hls", clock=clock)
+    reader = HlsReader(web, tmp_path / "hls", Metrics(), clock=clock)
     async with asyncio.timeout(30), aclosing(reader.events(recording(), kept)) as events:
         first, second = await anext(events), await anext(events)
     assert isinstance(first, Footage)
@@ -160,7 +161,7 @@ async def test_segments_that_were_missed_for_long_do_not_lie_in_the_future(web: 
 
 
 async def test_a_playlist_that_is_away_is_told_and_tried_again(web: Web, tmp_path: Path) -> None:
-    reader = HlsReader(web, tmp_path / "hls", first_pause_s=0.01)
+    reader = HlsReader(web, tmp_path / "hls", Metrics(), first_pause_s=0.01)
     async with asyncio.timeout(30), aclosing(reader.events(recording())) as events:
         assert isinstance(await anext(events), Away)
         web.pages = {_BASE: playlist(1, 1, end=True), "https://cdn.example/live/1.ts": b"x"}
@@ -171,9 +172,49 @@ async def test_a_playlist_that_is_away_is_told_and_tried_again(web: Web, tmp_pat
         assert event.is_new_session
 
 
+async def test_a_segment_that_trickles_is_told_away_and_asked_for_again(tmp_path: Path) -> None:
+    class Slow(Web):
+        @asynccontextmanager
+        async def open(self, source: MediaSource, tenant: str, deadline: Deadline) -> AsyncIterator[Local]:
+            if str(source.url).endswith(".ts") and source.url not in self.asked:
+                self.asked.append(str(source.url))
+                raise DeadlineExceeded("the request's time is up")
+            async with super().open(source, tenant, deadline) as local:
+                yield local
+
+    web = Slow(tmp_path)
+    web.pages = {_BASE: playlist(1, 1, end=True), "https://cdn.example/live/1.ts": b"x"}
+    reader = HlsReader(web, tmp_path / "hls", Metrics(), first_pause_s=0.01)
+    async with asyncio.timeout(30), aclosing(reader.events(recording())) as events:
+        told = [await anext(events) for _ in range(3)]
+    assert [type(event) for event in told] == [Away, Footage, Ended]
+
+
+async def test_lists_that_are_read_and_lists_that_are_away_are_counted(web: Web, tmp_path: Path) -> None:
+    metrics = Metrics()
+    reader = HlsReader(web, tmp_path / "hls", metrics, first_pause_s=0.01)
+
+    def counted() -> list[float | None]:
+        states = ("connected", "away")
+        return [metrics.registry.get_sample_value("nvila_captures", {"source": "hls", "state": one}) for one in states]
+
+    async with asyncio.timeout(30), aclosing(reader.events(recording())) as events:
+        assert isinstance(await anext(events), Away)
+        assert counted() == [0, 1]
+        web.pages = {_BASE: playlist(1, 1), "https://cdn.example/live/1.ts": b"x"}
+        while not isinstance(await anext(events), Footage):
+            pass
+        assert counted() == [1, 0]
+        web.pages = {}
+        while not isinstance(await anext(events), Away):
+            pass
+        assert counted() == [0, 1]
+    assert counted() == [0, 0]
+
+
 async def test_a_playlist_cannot_lead_inside(web: Web, tmp_path: Path) -> None:
     web.pages = {_BASE: playlist(1, 1).replace(b"1.ts", b"http://inside/secret")}
-    reader = HlsReader(web, tmp_path / "hls", first_pause_s=0.01)
+    reader = HlsReader(web, tmp_path / "hls", Metrics(), first_pause_s=0.01)
     async with asyncio.timeout(30), aclosing(reader.events(recording())) as events:
         with pytest.raises(ForbiddenURL):
             await anext(events)
@@ -182,7 +223,7 @@ async def test_a_playlist_cannot_lead_inside(web: Web, tmp_path: Path) -> None:
 async def test_a_fragmented_segment_gets_its_head(web: Web, tmp_path: Path) -> None:
     text = playlist(1, 1, more='#EXT-X-MAP:URI="init.mp4"', end=True)
     web.pages = {_BASE: text, "https://cdn.example/live/1.ts": b"body", "https://cdn.example/live/init.mp4": b"head "}
-    async with aclosing(HlsReader(web, tmp_path / "hls").events(recording())) as events:
+    async with aclosing(HlsReader(web, tmp_path / "hls", Metrics()).events(recording())) as events:
         event = await anext(events)
         assert isinstance(event, Footage)
         assert event.path.read_bytes() == b"head body"
@@ -195,7 +236,10 @@ async def test_credentials_are_shown_to_the_playlists_own_host_only(web: Web, tm
     web.pages = {_BASE: listed, "https://cdn.example/live/1.ts": b"1", elsewhere: b"2"}
     seal = Seal(["c2VhbHMgd2hhdCB0ZXN0cyBrZWVwIHNlY3JldC4uLi4="])
     theirs = replace(recording(), source=Source(kind=SourceKind.HLS, url=_BASE, secret=seal.close("guard:sesame")))
-    async with asyncio.timeout(30), aclosing(HlsReader(web, tmp_path / "hls", seal).events(theirs)) as events:
+    async with (
+        asyncio.timeout(30),
+        aclosing(HlsReader(web, tmp_path / "hls", Metrics(), seal).events(theirs)) as events,
+    ):
         async for event in events:
             if isinstance(event, Footage):
                 assert event.can_wait, "the whole list is there"
@@ -210,7 +254,7 @@ async def test_numbers_that_begin_anew_are_followed(web: Web, tmp_path: Path) ->
     web.pages = {f"https://cdn.example/live/{n}.ts": b"%d" % n for n in range(120)}
     web.pages[_BASE] = playlist(50, 2).replace(b"DURATION:2", b"DURATION:0.1")
     got: list[bytes] = []
-    async with asyncio.timeout(30), aclosing(HlsReader(web, tmp_path / "hls").events(recording())) as events:
+    async with asyncio.timeout(30), aclosing(HlsReader(web, tmp_path / "hls", Metrics()).events(recording())) as events:
         async for event in events:
             if isinstance(event, Ended):
                 break
@@ -225,7 +269,7 @@ async def test_a_playlist_that_does_not_grow_is_told_away_until_it_does(web: Web
     clock = made.Clock()
     web.pages = {f"https://cdn.example/live/{n}.ts": b"x" for n in range(9)}
     web.pages[_BASE] = playlist(1, 1).replace(b"DURATION:2", b"DURATION:0.1")
-    reader = HlsReader(web, tmp_path / "hls", first_pause_s=0.01, clock=clock)
+    reader = HlsReader(web, tmp_path / "hls", Metrics(), first_pause_s=0.01, clock=clock)
     async with asyncio.timeout(30), aclosing(reader.events(recording())) as events:
         assert isinstance(await anext(events), Footage)
         clock.now += 31

@@ -14,13 +14,13 @@ import pytest
 
 from nvila.errors import InvalidMedia, Unauthenticated, Unavailable
 from nvila.recordings.camera import CameraLimits, CameraReader
-from nvila.recordings.chunks import FELL_BEHIND, IngestLimits
+from nvila.recordings.chunks import FELL_BEHIND, NOT_KEPT, IngestLimits
 from nvila.recordings.cold import ColdStore
 from nvila.recordings.hls import HlsReader
 from nvila.recordings.inbox import Inbox
-from nvila.recordings.ingest import AWAY
+from nvila.recordings.ingest import AWAY, sweep_footage
 from nvila.recordings.jobs import JobStore, LeaseLost
-from nvila.recordings.sources import Away, Ended, Footage, LiveSources, PushedReader
+from nvila.recordings.sources import Away, Ended, Footage, LiveSources, Lost, PushedReader
 from nvila.recordings.store import RecordingStore
 from nvila.recordings.types import ChunkPolicy, Recording, RecordingState, SourceKind
 from nvila.telemetry.metrics import Metrics
@@ -28,7 +28,7 @@ from nvila.types import Deadline, MediaSource
 from nvila.video.pool import DecodePool
 from tests.recordings.made import Clock
 from tests.recordings.rtsp import Clip, camera
-from tests.recordings.taking import Hot, Local, Taking, Told, Uploads, Vision, write_clip
+from tests.recordings.taking import NEW_CARD, Hot, Local, Taking, Told, Uploads, Vision, write_clip
 from tests.recordings.test_camera import Loopback
 from tests.video.conftest import decode_pool
 
@@ -89,6 +89,9 @@ class Show:
     def away(self, until_s: float, error: Unavailable | Unauthenticated | None = None) -> None:
         self._taking.live.queue.put_nowait(Away(error=error or Unavailable("the connection broke off")))
         self._clock.now = self._start + until_s
+
+    def lost(self, at_s: float, until_s: float) -> None:
+        self._taking.live.queue.put_nowait(Lost(start=self._start + at_s, until=self._start + until_s))
 
     def end(self) -> None:
         self._taking.live.queue.put_nowait(Ended())
@@ -159,6 +162,59 @@ async def test_while_the_source_is_away_the_clock_runs_on_and_gaps_are_written(
     assert {gap.reason for chunk in chunks for gap in chunk.gaps} == {AWAY}
     assert recording.counters.reconnects == 1
     assert (recording.state, recording.error_code) == (RecordingState.COMPLETE, "")
+
+
+async def test_footage_that_could_not_be_kept_is_told_apart_and_counted(
+    taking: Taking, show: Show, clock: Clock
+) -> None:
+    recording_id, work = await run(taking, clock)
+    show.piece(0, 6, is_new=True)
+    show.lost(6, 12)
+    show.away(until_s=13)
+    show.piece(14, 2, is_new=True)
+    show.end()
+    await work
+    chunks = await taking.shelf.chunks(recording_id)
+    gaps = [(gap.start_s, gap.end_s, gap.reason) for chunk in chunks for gap in chunk.gaps]
+    assert gaps == [(6.0, 8.0, NOT_KEPT), (8.0, 12.0, NOT_KEPT), (12.0, 14.0, AWAY)]
+    counters = (await taking.shelf.get(recording_id, tenant="acme")).counters
+    assert (counters.frames_sampled, counters.frames_dropped) == (14, 6)
+    assert taking.metrics.registry.get_sample_value("nvila_capture_lost_seconds_total") == 6.0
+    assert taking.metrics.registry.get_sample_value("nvila_recorded_frames_total", {"fate": "dropped"}) == 6.0
+
+
+async def test_no_gap_is_written_where_footage_waits_to_be_kept(
+    taking: Taking, show: Show, clock: Clock, tmp_path: Path
+) -> None:
+    cold = taking.cold = NotNow(str(tmp_path / "cold"))
+    recording_id, work = await run(taking, clock)
+    show.piece(0, 8, is_new=True)
+    await until(taking, recording_id, 1)
+    cold.is_away = True
+    show.away(until_s=9)
+    show.piece(10, 8, is_new=True)
+    async with asyncio.timeout(30):
+        while not cold.refused:
+            await asyncio.sleep(0.02)
+    clock.now += 600.0
+    cold.is_away = False
+    show.end()
+    await work
+    chunks = await taking.shelf.chunks(recording_id)
+    assert [(gap.start_s, gap.end_s) for chunk in chunks for gap in chunk.gaps] == [(8.0, 10.0)]
+
+
+class NotNow(ColdStore):
+    """Keeps nothing while it `is_away`."""
+
+    is_away = False
+    refused = 0
+
+    async def keep(self, source: Path, recording_id: str, name: str) -> str:
+        if self.is_away:
+            self.refused += 1
+            raise Unavailable("the cold store is away")
+        return await super().keep(source, recording_id, name)
 
 
 async def test_revoked_credentials_show_in_the_state(taking: Taking, show: Show, clock: Clock) -> None:
@@ -253,6 +309,50 @@ async def test_an_outage_of_the_vision_service_makes_no_gap(taking: Taking, show
     assert (recording.state, recording.error_code) == (RecordingState.COMPLETE, "")
 
 
+async def test_after_new_weights_the_next_attempt_takes_in_what_waited(
+    taking: Taking, show: Show, clock: Clock
+) -> None:
+    recording_id = await taking.submit(None, _POLICY, kind=SourceKind.RTSP)
+    claim = await taking.claim()
+    work = asyncio.ensure_future(taking.handler(clock)(claim))
+    show.piece(0, 10, is_new=True)
+    await until(taking, recording_id, 1)
+    taking.vision.revision = NEW_CARD.vision_revision
+    show.piece(10, 10)
+    await until_it_waits(taking, recording_id)
+    assert not work.done(), "what is served still says that it is the old model"
+    taking.models.card = NEW_CARD
+    async with asyncio.timeout(30):
+        with pytest.raises(LeaseLost, match="another model"):
+            await work
+    claim = await taking.claim()
+    assert claim.job.attempt == 1, "being given back costs no attempt"
+    show.end()
+    await taking.handler(clock)(claim)
+    chunks = await taking.shelf.chunks(recording_id)
+    assert [chunk.number for chunk in chunks] == [0, 1, 2]
+    assert not [gap for chunk in chunks for gap in chunk.gaps]
+    assert len({group.named_for for chunk in chunks for group in chunk.groups}) == 2
+
+
+def lag_s(taking: Taking) -> float:
+    (line,) = (line for line in taking.metrics.render().decode().splitlines() if line.startswith("nvila_ingest_lag"))
+    return float(line.split()[-1])
+
+
+async def test_a_source_that_is_let_go_shows_no_lag_any_more(taking: Taking, show: Show, clock: Clock) -> None:
+    taking.vision.is_away = True
+    _, work = await run(taking, clock)
+    for number in range(3):
+        show.piece(number * 8, 8, is_new=number == 0)
+    async with asyncio.timeout(30):
+        while lag_s(taking) <= 0:
+            await asyncio.sleep(0.02)
+    work.cancel()
+    await asyncio.wait({work})
+    assert lag_s(taking) == 0
+
+
 async def test_of_a_long_outage_the_oldest_footage_is_left_out_and_counted(
     taking: Taking, show: Show, clock: Clock
 ) -> None:
@@ -345,7 +445,7 @@ class Lists:
 
 async def killed_while_reading(taking: Taking, lists: Lists, clock: Clock, tmp_path: Path) -> str:
     """A recording of a list whose worker was killed once it had kept what was listed."""
-    reader = HlsReader(lists, tmp_path / "hls", clock=clock)
+    reader = HlsReader(lists, tmp_path / "hls", Metrics(), clock=clock)
     taking.live = LiveSources({SourceKind.HLS: reader})  # type: ignore[assignment]  # the real one
     recording_id = await taking.submit(None, _POLICY, kind=SourceKind.HLS)
     claim = await taking.claim()
@@ -413,6 +513,28 @@ async def test_old_footage_is_removed_and_its_tokens_stay(
     assert await taking.cold.has(group.ref.key)
     work.cancel()
     await asyncio.wait({work})
+
+
+async def test_footage_of_a_recording_that_is_over_is_removed_when_it_is_old(
+    taking: Taking, show: Show, clock: Clock, tmp_path: Path
+) -> None:
+    recording_id, work = await run(taking, clock)
+    for number in range(3):
+        show.piece(number * 8, 8, is_new=number == 0)
+    await until(taking, recording_id, 2)
+    at_s = clock.now
+    assert await sweep_footage(taking.shelf, taking.cold, at_s - 1) == 0, "it runs"
+    show.end()
+    await work
+    assert await sweep_footage(taking.shelf, taking.cold, at_s - 1) == 2
+    assert await sweep_footage(taking.shelf, taking.cold, at_s - 1) == 0
+    segments = await taking.shelf.segments(recording_id)
+    assert [bool(segment.path) for segment in segments] == [False, False, True]
+    files = (tmp_path / "cold" / "segments" / recording_id).iterdir()
+    assert [path.name for path in files] == [Path(segments[2].path).name]
+    group = (await taking.shelf.chunk(recording_id, 0)).groups[0]
+    assert group.ref is not None
+    assert await taking.cold.has(group.ref.key)
 
 
 async def test_a_worker_without_room_gives_another_live_source_back(taking: Taking, show: Show, clock: Clock) -> None:

@@ -7,6 +7,7 @@ import base64
 import hashlib
 import hmac
 import json
+import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -216,11 +217,23 @@ async def test_nobody_there_is_worth_another_try() -> None:
         await DeliverHandler(sender("hooks.example"))(delivery(f"http://hooks.example:{receiver.port}/"))
 
 
+@pytest.mark.parametrize("error", [socket.EAI_NONAME, socket.EAI_AGAIN])
+async def test_a_name_server_that_forgets_loses_no_alert(error: int) -> None:
+    class Forgetful(Names):
+        async def resolve(self, host: str, port: int) -> Sequence[str]:
+            raise socket.gaierror(error, "not now")
+
+    forgetful = WebhookSender(PinnedBackend(EgressPolicy(allow=(), ports={443}), Forgetful()), parse_url)
+    with pytest.raises(Unavailable, match="the webhook's address"):
+        await DeliverHandler(forgetful)(delivery("https://hooks.example/"))
+
+
 @pytest.mark.parametrize(
     ("params", "says"),
     [
         ({"webhook_url": "https://x", "secret": "short"}, "5 characters given, 16 to 256"),
         ({"webhook_url": "https://x"}, "0 characters given"),
+        ({"webhook_url": "https://x", "secret": "whsec_this is no base64"}, "after whsec_ comes no base64"),
         ({"webhook_url": "", "secret": SECRET}, "webhook_url"),
         ({"webhook_url": 7, "secret": SECRET}, "webhook_url"),
         ({"webhook_url": "https://x/" + "y" * 3000, "secret": SECRET}, "webhook_url"),

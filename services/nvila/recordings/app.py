@@ -197,7 +197,7 @@ async def _open(settings: RecordingsSettings, metrics: Metrics, health: Health, 
                 {
                     SourceKind.PUSH: PushedReader(inbox),
                     SourceKind.RTSP: cameras,
-                    SourceKind.HLS: HlsReader(fetcher, scratch.new_path(), seal),
+                    SourceKind.HLS: HlsReader(fetcher, scratch.new_path(), metrics, seal),
                 }
             ),
             frames=pool,

@@ -2,11 +2,13 @@
 
 A process is one connection (`capture.py`). When it ends, for whatever reason, those who record the camera are told why,
 and after a pause another is started: the pauses double from `first_pause_s` to `longest_pause_s` while nothing comes. A
-camera that answers but refuses (credentials, no such stream, an address that is not allowed) is asked only every
-`refused_pause_s`: it will not change its mind by itself, and asking often locks accounts.
+camera that answers but refuses (credentials, no such stream, a codec or an address that is not allowed) is asked only
+every `refused_pause_s`: it will not change its mind by itself, and asking often locks accounts. A name that is not
+known, or a stream that cannot be read, is no refusal: name servers forget, cameras restart.
 
 Pieces lie in a folder of the capture's own until all who record the camera have taken them; one that is slower than
-`most_waiting` pieces loses the oldest. When the last one leaves, process, folder and all are gone.
+`most_waiting` pieces loses the oldest, and is told so (`Lost`). When the last one leaves, process, folder and all are
+gone.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import os
 import random
 import secrets
 import shutil
+import ssl
 import sys
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
@@ -35,19 +38,19 @@ from nvila.errors import (
     NvilaError,
     Unauthenticated,
     Unavailable,
+    UnsupportedMedia,
     from_wire,
 )
 from nvila.recordings.connection import Hello
 from nvila.recordings.seal import Seal
-from nvila.recordings.sources import Away, Footage, LiveEvent
-from nvila.recordings.types import Recording, Segment
+from nvila.recordings.sources import Away, Connections, Footage, LiveEvent, Lost, MetricSink
+from nvila.recordings.types import Recording, Segment, SourceKind
 from nvila.telemetry import names
 from nvila.telemetry.logs import fields
-from nvila.telemetry.names import Metric
 
 _log = logging.getLogger(__name__)
 
-_REFUSALS = (Unauthenticated, NotFound, InvalidRequest, ForbiddenURL)
+_REFUSALS = (Unauthenticated, NotFound, UnsupportedMedia, ForbiddenURL)
 _START_S = 30.0
 
 
@@ -55,13 +58,9 @@ class Door(Protocol):
     """Says where a host may be connected to (the gateway's egress policy)."""
 
     async def addresses(self, host: str, port: int) -> Sequence[str]:
-        """Of a host, all allowed. Raises `ForbiddenURL`, or `InvalidMedia` for a name that is not known."""
+        """Of a host, all allowed. Raises `ForbiddenURL`, `InvalidMedia` for a name that is not known, or
+        `Unavailable`."""
         ...
-
-
-class MetricSink(Protocol):
-    def add(self, metric: Metric, amount: float = 1, **labels: str) -> None: ...
-    def set(self, metric: Metric, value: float, **labels: str) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +92,7 @@ class CameraReader:
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._door = door
         self._metrics = metrics
+        self._connections = Connections(metrics, SourceKind.RTSP)
         self._limits = limits
         self._seal = seal or Seal()
         self._captures: dict[tuple[str, str, str], _Capture] = {}
@@ -116,10 +116,9 @@ class CameraReader:
         capture = self._captures.get(key)
         if capture is None:
             folder = self._folder / secrets.token_hex(8)
-            capture = _Capture(self._door, source.url, secret, folder, self._metrics, self._limits)
+            capture = _Capture(self._door, source.url, secret, folder, self._metrics, self._connections, self._limits)
             self._captures[key] = capture
         listener = capture.listen()
-        self._count()
         try:
             while True:
                 yield await listener.next()
@@ -127,12 +126,6 @@ class CameraReader:
             if capture.leave(listener):
                 del self._captures[key]
                 await capture.stop()
-            self._count()
-
-    def _count(self) -> None:
-        is_away = [capture.is_away for capture in self._captures.values()]
-        self._metrics.set(names.CAPTURES, is_away.count(False), state="connected")
-        self._metrics.set(names.CAPTURES, is_away.count(True), state="away")
 
 
 def check_camera_url(url: str) -> None:
@@ -160,11 +153,13 @@ class _Listener:
 
     def put(self, event: LiveEvent) -> None:
         self._waiting.append(event)
-        footage = [waiting for waiting in self._waiting if isinstance(waiting, Footage)]
+        footage = [(place, waiting) for place, waiting in enumerate(self._waiting) if isinstance(waiting, Footage)]
         if len(footage) > self._most:
             _log.warning("footage of a camera is lost: it is not taken in", extra=fields(waiting=len(footage)))
-            self._waiting.remove(footage[0])
-            footage[0].taken()
+            place, oldest = footage[0]
+            assert oldest.until is not None, "a camera's piece says how long it is"
+            self._waiting[place] = Lost(start=oldest.captured_at, until=oldest.until)
+            oldest.taken()
         self._news.set()
 
     async def next(self) -> LiveEvent:
@@ -184,7 +179,14 @@ class _Capture:
     """A camera that is kept connected to as long as anybody listens."""
 
     def __init__(
-        self, door: Door, url: str, secret: str | None, folder: Path, metrics: MetricSink, limits: CameraLimits
+        self,
+        door: Door,
+        url: str,
+        secret: str | None,
+        folder: Path,
+        metrics: MetricSink,
+        connections: Connections,
+        limits: CameraLimits,
     ) -> None:
         folder.mkdir(mode=0o700)
         self._door = door
@@ -192,14 +194,12 @@ class _Capture:
         self._secret = secret
         self._folder = folder
         self._metrics = metrics
+        self._connections = connections
         self._limits = limits
         self._listeners: list[_Listener] = []
         self._away: Away | None = None
+        self._connections.show(self, is_away=True)
         self._work = asyncio.create_task(self._keep_connected())
-
-    @property
-    def is_away(self) -> bool:
-        return self._away is not None
 
     def listen(self) -> _Listener:
         listener = _Listener(self._limits.most_waiting)
@@ -215,6 +215,7 @@ class _Capture:
         return not self._listeners
 
     async def stop(self) -> None:
+        self._connections.forget(self)
         self._work.cancel()
         await asyncio.wait({self._work})
         await asyncio.to_thread(shutil.rmtree, self._folder, True)
@@ -231,6 +232,7 @@ class _Capture:
                 pause_s = self._limits.first_pause_s
             _log.info("a camera is away", extra=fields(code=error.code, reason=error.message, pieces=pieces))
             self._away = Away(error=error)
+            self._connections.show(self, is_away=True)
             for listener in self._listeners:
                 listener.put(self._away)
             is_refused = isinstance(error, _REFUSALS) and not pieces
@@ -261,7 +263,7 @@ class _Capture:
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.DEVNULL,
-            env={"LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            env={"LANG": "C.UTF-8", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", **_authorities()},
             start_new_session=True,
         )  # fmt: skip
         try:
@@ -295,11 +297,13 @@ class _Capture:
             told = json.loads(line)
             if "error" in told:
                 return from_wire(told["error"], told["message"]), pieces
-            self._hand_out(self._folder / told["piece"], float(told["captured_at"]), is_first=not pieces)
+            captured_at, seconds = float(told["captured_at"]), float(told["seconds"])
+            self._hand_out(self._folder / told["piece"], captured_at, captured_at + seconds, is_first=not pieces)
             pieces += 1
 
-    def _hand_out(self, path: Path, captured_at: float, *, is_first: bool) -> None:
+    def _hand_out(self, path: Path, captured_at: float, until: float, *, is_first: bool) -> None:
         self._away = None
+        self._connections.show(self, is_away=False)
         left = len(self._listeners)
 
         def taken() -> None:
@@ -309,7 +313,14 @@ class _Capture:
                 path.unlink(missing_ok=True)
 
         for listener in self._listeners:
-            listener.put(Footage(path=path, captured_at=captured_at, taken=taken, is_new_session=is_first))
+            listener.put(Footage(path=path, captured_at=captured_at, taken=taken, until=until, is_new_session=is_first))
+
+
+def _authorities() -> dict[str, str]:
+    """What this process trusts certificates by, for one that is told nothing else of the environment."""
+    trusted = ssl.get_default_verify_paths()
+    found = {trusted.openssl_cafile_env: trusted.cafile, trusted.openssl_capath_env: trusted.capath}
+    return {name: path for name, path in found.items() if path is not None}
 
 
 def _remove_left_behind(folder: Path) -> None:

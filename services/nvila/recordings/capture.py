@@ -132,7 +132,7 @@ class Piece:
         self._first: int | None = None
         self._last = 0
         self.parameters = parameters
-        self.first_stamp_s = 0.0
+        self.first_stamp_s = self._last_stamp_s = 0.0
         self.frames = 0
 
     def add(self, packet: Packet[VideoStream], stamp_s: float) -> None:
@@ -148,7 +148,13 @@ class Piece:
         packet.pts, packet.dts = packet.pts - self._first, packet.dts - self._first
         packet.stream = self._stream
         self._container.mux(packet)
+        self._last_stamp_s = stamp_s
         self.frames += 1
+
+    @property
+    def seconds(self) -> float:
+        """To the end of its last frame, which is taken to last as long as the others do."""
+        return max(0.0, self._last_stamp_s - self.first_stamp_s) * self.frames / max(1, self.frames - 1)
 
     def length_s(self, stamp_s: float) -> float:
         return stamp_s - self.first_stamp_s if self._first is not None else 0.0
@@ -209,7 +215,7 @@ class Recorder:
         if path.stat().st_size < _LEAST_BYTES:
             path.unlink()
             return
-        _say({"piece": path.name, "captured_at": captured_at, "frames": piece.frames})
+        _say({"piece": path.name, "captured_at": captured_at, "seconds": piece.seconds})
 
 
 # -- the relay --------------------------------------------------------------------------------------------------------
@@ -288,6 +294,8 @@ class Relay(threading.Thread):
                         self._carry(inner, outer)
                 except NvilaError as error:
                     self.error = error
+                except ssl.SSLCertVerificationError as error:
+                    self.error = Unavailable(f"the camera's certificate is not trusted: {error.verify_message}")
                 except OSError:
                     self.error = self.error or Unavailable("the connection to the camera failed or broke off")
 

@@ -44,6 +44,7 @@ T = TypeVar("T")
 UNDECODABLE = "frames could not be decoded"
 NO_FOOTAGE = "the source holds no frames here"
 FELL_BEHIND = "left out: ingest could not keep up"
+NOT_KEPT = "lost: the footage could not be kept in time"
 
 _THUMBNAIL_PX = 192
 _THUMBNAIL_QUALITY = 72
@@ -288,12 +289,14 @@ class ChunkIngest:
     async def _write(self, planned: PlannedChunk, taken: list[_Taken]) -> None:
         if planned.is_left_out:
             await self.patiently(lambda: write_chunk(self.claim, *_left_out(self.recording, planned)))
-            self.metrics.add(names.RECORDED_FRAMES, sum(len(g.indices) for g in planned.groups), fate="dropped")
+            dropped = sum(len(g.indices) for g in planned.groups) + len(planned.lost_s)
+            self.metrics.add(names.RECORDED_FRAMES, dropped, fate="dropped")
             return
         fps = self.recording.policy.fps
         lost_s = [time_s for one in taken for time_s in one.lost_s]
         gaps = (
             *cut.gaps_between(planned.missing_s, fps, planned.end_s, self.gap_reason),
+            *cut.gaps_between(planned.lost_s, fps, planned.end_s, NOT_KEPT),
             *cut.gaps_between(lost_s, fps, planned.end_s, UNDECODABLE),
         )
         chunk = RecordedChunk(
@@ -308,6 +311,7 @@ class ChunkIngest:
         )
         counters = _counted(planned, taken)
         await self.patiently(lambda: write_chunk(self.claim, chunk, counters))
+        self.metrics.add(names.RECORDED_FRAMES, len(planned.lost_s), fate="dropped")
         for fate in Fate:
             count = sum(len(one.group.times_s) for one in taken if one.fate is fate)
             self.metrics.add(names.RECORDED_FRAMES, count, fate=fate.value)
@@ -324,9 +328,9 @@ async def write_chunk(claim: Claim, chunk: RecordedChunk, counters: Counters) ->
 
 def _left_out(recording: Recording, planned: PlannedChunk) -> tuple[RecordedChunk, Counters]:
     """A chunk that is left out under back-pressure: its time is a gap, its frames are counted."""
-    times_s = (*planned.missing_s, *(time_s for group in planned.groups for time_s in group.instants_s))
+    times_s = (*planned.missing_s, *planned.lost_s, *(time_s for one in planned.groups for time_s in one.instants_s))
     gaps = cut.gaps_between(times_s, recording.policy.fps, planned.end_s, FELL_BEHIND)
-    frames = sum(len(group.instants_s) for group in planned.groups)
+    frames = sum(len(group.instants_s) for group in planned.groups) + len(planned.lost_s)
     chunk = RecordedChunk(
         recording_id=recording.id,
         number=planned.number,
@@ -381,10 +385,11 @@ def _counted(planned: PlannedChunk, taken: list[_Taken]) -> Counters:
         return sum(len(one.group.times_s) for one in taken if one.fate is fate)
 
     return Counters(
-        frames_sampled=sum(len(group.instants_s) for group in planned.groups),
+        frames_sampled=sum(len(group.instants_s) for group in planned.groups) + len(planned.lost_s),
         frames_encoded=frames(Fate.ENCODED),
         frames_static=frames(Fate.STATIC),
         frames_reused=frames(Fate.REUSED),
+        frames_dropped=len(planned.lost_s),
         frames_corrupt=sum(len(one.lost_s) for one in taken),
         chunks=1,
         bytes_cold=sum(one.bytes_cold for one in taken),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -125,14 +125,15 @@ class PlannedGroup:
 
 @dataclass(frozen=True, kw_only=True)
 class PlannedChunk:
-    """A chunk before it is decoded. `missing_s`: its instants for which there is no footage. `is_left_out`: it is not
-    to be decoded at all, since ingest fell behind."""
+    """A chunk before it is decoded. `missing_s`: its instants for which there is no footage; `lost_s`: those for which
+    there was some, which could not be kept. `is_left_out`: it is not to be decoded at all, since ingest fell behind."""
 
     number: int
     start_s: float
     end_s: float
     groups: tuple[PlannedGroup, ...]
     missing_s: tuple[float, ...]
+    lost_s: tuple[float, ...] = ()
     is_left_out: bool = False
 
 
@@ -163,6 +164,15 @@ def plan_chunk(
         end_s=min(end_s, duration_s),
         groups=tuple(groups),
         missing_s=tuple(sorted(missing_s)),
+    )
+
+
+def with_lost(planned: PlannedChunk, lost: Iterable[tuple[float, float]]) -> PlannedChunk:
+    """The chunk, with its missing instants that lie in one of these stretches of the recording's clock told apart."""
+    stretches = tuple(lost)
+    lost_s = tuple(time_s for time_s in planned.missing_s if any(start <= time_s < end for start, end in stretches))
+    return replace(
+        planned, missing_s=tuple(time_s for time_s in planned.missing_s if time_s not in lost_s), lost_s=lost_s
     )
 
 

@@ -23,10 +23,10 @@ from datetime import datetime
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
-from nvila.errors import InvalidMedia, NotFound, Overloaded, Unavailable, UnsupportedMedia
+from nvila.errors import DeadlineExceeded, InvalidMedia, NotFound, Overloaded, Unavailable, UnsupportedMedia
 from nvila.recordings.seal import Seal
-from nvila.recordings.sources import Away, Ended, Fetcher, Footage, LiveEvent
-from nvila.recordings.types import Recording, Segment
+from nvila.recordings.sources import Away, Connections, Ended, Fetcher, Footage, LiveEvent, MetricSink
+from nvila.recordings.types import Recording, Segment, SourceKind
 from nvila.types import Deadline, MediaKind, MediaSource
 
 _MOST_PLAYLIST_BYTES = 1 << 20
@@ -157,6 +157,7 @@ class HlsReader:
         self,
         fetcher: Fetcher,
         folder: Path,
+        metrics: MetricSink,
         seal: Seal | None = None,
         *,
         first_pause_s: float = _FIRST_PAUSE_S,
@@ -165,6 +166,7 @@ class HlsReader:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._fetcher = fetcher
         self._folder = folder
+        self._connections = Connections(metrics, SourceKind.HLS)
         self._seal = seal or Seal()
         self._first_pause_s = first_pause_s
         self._clock = clock
@@ -174,10 +176,12 @@ class HlsReader:
         secret = self._seal.open(recording.source.secret) if recording.source.secret else None
         reading = _Reading(self._fetcher, self._folder / secrets.token_hex(8), recording, after, secret, self._clock)
         pause_s, is_new = self._first_pause_s, True
+        self._connections.show(reading, is_away=True)
         try:
             while True:
                 try:
                     async for piece in reading.new_segments(is_new_session=is_new):
+                        self._connections.show(reading, is_away=False)
                         yield piece
                         is_new, pause_s = False, self._first_pause_s
                     if reading.is_ended:
@@ -186,12 +190,14 @@ class HlsReader:
                     await asyncio.sleep(reading.target_s / 2)
                 except UnsupportedMedia:
                     raise
-                except (InvalidMedia, NotFound, Unavailable, Overloaded) as error:
+                except (InvalidMedia, NotFound, Unavailable, Overloaded, DeadlineExceeded) as error:
+                    self._connections.show(reading, is_away=True)
                     yield Away(error=error)
                     is_new = True
                     await asyncio.sleep(pause_s)
                     pause_s = min(pause_s * 2, _LONGEST_PAUSE_S)
         finally:
+            self._connections.forget(reading)
             await asyncio.to_thread(reading.close)
 
 

@@ -34,7 +34,7 @@ from nvila.recordings.cold import ColdStore
 from nvila.recordings.cut import PlannedChunk
 from nvila.recordings.encode import Frames, GroupEncoder, Model, Models
 from nvila.recordings.jobs import Claim, LeaseLost
-from nvila.recordings.sources import Away, Ended, FileSources, Footage, LiveEvent
+from nvila.recordings.sources import Away, Ended, FileSources, Footage, LiveEvent, Lost
 from nvila.recordings.store import RecordingStore
 from nvila.recordings.types import Counters, Recording, RecordingState, Segment, SourceKind
 from nvila.telemetry import names
@@ -231,6 +231,7 @@ class _LiveIngest:
         self._films: dict[int, _Film] = {}
         self._opened: dict[int, AsyncExitStack] = {}
         self._kept: deque[Segment] = deque()
+        self._lost: list[tuple[float, float]] = []
         # What a client says of a live source's beginning is not when its first frame comes.
         has_begun = ingest.recording.duration_s is not None
         self._captured_at = ingest.recording.captured_at if has_begun else None
@@ -297,10 +298,13 @@ class _LiveIngest:
         async with aclosing(self._services._live.events(self._recording, after)) as events:
             async for event in events:
                 if isinstance(event, Footage):
+                    self._is_away = False  # however long it takes to keep it, the clock does not run past it
                     await self._room_for(event)
                     await self._ingest.patiently(partial(self._keep, event))
                 elif isinstance(event, Away):
                     await self._ingest.patiently(partial(self._gone, event.error))
+                elif isinstance(event, Lost):
+                    self._note_lost(event)
                 else:
                     assert isinstance(event, Ended)
                     break
@@ -355,7 +359,6 @@ class _LiveIngest:
             )
         piece.taken()
         self._captured_at, self._next_segment = captured_at, number + 1
-        self._is_away = False
         self._kept.append(segment)
         self._films[number] = _Film(segment, info)
         self._reach_s = segment.start_s + segment.duration_s
@@ -369,6 +372,12 @@ class _LiveIngest:
                 f"footage was captured {gap_s / 86400:,.0f} days after what came before it, by its own clock; at most "
                 f"{_LONGEST_GAP_S / 86400:g} are taken for a gap"
             )
+
+    def _note_lost(self, lost: Lost) -> None:
+        """What a camera showed while nothing could be kept. It is known until this worker ends."""
+        self._services._metrics.add(names.CAPTURE_LOST_SECONDS, lost.until - lost.start)
+        if self._captured_at is not None:
+            self._lost.append((lost.start - self._captured_at, lost.until - self._captured_at))
 
     async def _gone(self, error: NvilaError) -> None:
         if not self._is_away:
@@ -410,6 +419,7 @@ class _LiveIngest:
         policy, group = self._recording.policy, self._ingest.model.group
         while True:
             planned = cut.plan_chunk(policy, number, self._footage(*cut.chunk_span(policy, number)), group, duration_s)
+            planned = cut.with_lost(planned, self._lost)
             if planned.groups and self._is_too_much():
                 return replace(planned, is_left_out=True)
             segments = dict.fromkeys(one.segment for one in planned.groups)
@@ -480,6 +490,7 @@ class _LiveIngest:
         return True
 
     async def _close_before(self, time_s: float) -> None:
+        self._lost = [lost for lost in self._lost if lost[1] >= time_s]
         for number in [number for number, film in self._films.items() if film.end_s < time_s]:
             del self._films[number]
             if number in self._opened:

@@ -27,6 +27,8 @@ from nvila.errors import ForbiddenURL, InvalidMedia, InvalidRequest, LimitExceed
 from nvila.recordings.inbox import Inbox, Piece
 from nvila.recordings.seal import Seal
 from nvila.recordings.types import Recording, Segment, Source, SourceKind
+from nvila.telemetry import names
+from nvila.telemetry.names import Metric
 from nvila.types import Deadline, MediaKind, MediaSource
 
 _log = logging.getLogger(__name__)
@@ -75,12 +77,20 @@ class Away:
     error: NvilaError
 
 
+@dataclass(frozen=True, kw_only=True)
+class Lost:
+    """Footage from `start` to `until` (capture times) was there, and went because it was not taken in time."""
+
+    start: float
+    until: float
+
+
 @dataclass(frozen=True)
 class Ended:
     """Nothing follows."""
 
 
-LiveEvent = Footage | Away | Ended
+LiveEvent = Footage | Away | Lost | Ended
 
 
 class LiveReader(Protocol):
@@ -90,6 +100,33 @@ class LiveReader(Protocol):
         """Until the source ends, or the iterator is closed; then nothing of it is left. `after`: the last piece that is
         kept; what the source shows again is not given again."""
         ...
+
+
+class MetricSink(Protocol):
+    def add(self, metric: Metric, amount: float = 1, **labels: str) -> None: ...
+    def set(self, metric: Metric, value: float, **labels: str) -> None: ...
+
+
+class Connections:
+    """Shows how many sources of a kind are connected to, and how many are away: what has not shown itself yet is."""
+
+    def __init__(self, metrics: MetricSink, kind: SourceKind) -> None:
+        self._metrics = metrics
+        self._kind = kind
+        self._is_away: dict[object, bool] = {}
+
+    def show(self, source: object, *, is_away: bool) -> None:
+        self._is_away[source] = is_away
+        self._count()
+
+    def forget(self, source: object) -> None:
+        del self._is_away[source]
+        self._count()
+
+    def _count(self) -> None:
+        away = sum(self._is_away.values())
+        self._metrics.set(names.CAPTURES, len(self._is_away) - away, source=self._kind, state="connected")
+        self._metrics.set(names.CAPTURES, away, source=self._kind, state="away")
 
 
 class FileSources:

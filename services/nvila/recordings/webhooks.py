@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import httpcore
 import httpx
 
-from nvila.errors import InvalidRequest, LimitExceeded, NvilaError, Unavailable
+from nvila.errors import InvalidMedia, InvalidRequest, LimitExceeded, MediaUnavailable, NvilaError, Unavailable
 from nvila.recordings.seal import Seal
 from nvila.recordings.types import Job, JobKind
 
@@ -70,19 +70,24 @@ class Webhook:
                 f"{MOST_SECRET} are needed to sign calls of webhook_url",
                 param="secret",
             )
+        _key(seal.open(secret))
         return cls(url=url, secret=secret)
 
 
 def sign(secret: str, webhook_id: str, timestamp: int, body: bytes) -> str:
-    """The value of `webhook-signature`. A secret that begins with `whsec_` is base64, any other is its own bytes."""
-    key = secret.encode()
-    if secret.startswith(_PREFIX):
-        try:
-            key = base64.b64decode(secret.removeprefix(_PREFIX), validate=True)
-        except (binascii.Error, ValueError):
-            raise InvalidRequest("secret: after whsec_ comes no base64", param="secret") from None
-    digest = hmac.new(key, b"%s.%d.%s" % (webhook_id.encode(), timestamp, body), hashlib.sha256).digest()
+    """The value of `webhook-signature`."""
+    digest = hmac.new(_key(secret), b"%s.%d.%s" % (webhook_id.encode(), timestamp, body), hashlib.sha256).digest()
     return f"v1,{base64.b64encode(digest).decode()}"
+
+
+def _key(secret: str) -> bytes:
+    """A secret that begins with `whsec_` is base64, any other is its own bytes."""
+    if not secret.startswith(_PREFIX):
+        return secret.encode()
+    try:
+        return base64.b64decode(secret.removeprefix(_PREFIX), validate=True)
+    except (binascii.Error, ValueError):
+        raise InvalidRequest("secret: after whsec_ comes no base64", param="secret") from None
 
 
 def deliver_params(webhook: Webhook, webhook_id: str, event: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,7 +139,8 @@ class WebhookSender:
             raise type(error)(_about(error), param="webhook_url") from None
 
     async def post(self, url: str, headers: Mapping[str, str], body: bytes) -> int:
-        """The answer's status. Raises `ForbiddenURL`, and `Unavailable` when there is no answer in time."""
+        """The answer's status. Raises `ForbiddenURL`, and `Unavailable` when there is no answer in time, nor a host of
+        this name: name servers forget for a while, an alert is not lost for that."""
         limits = self._limits
         try:
             parsed = self._parse(url)
@@ -155,6 +161,8 @@ class WebhookSender:
             ):
                 await _read_some(response)
                 return response.status
+        except (InvalidMedia, MediaUnavailable) as error:
+            raise Unavailable(_about(error)) from None
         except InvalidRequest as error:
             raise type(error)(_about(error)) from None
         except (TimeoutError, httpcore.TimeoutException):
@@ -176,7 +184,7 @@ async def _read_some(response: httpcore.Response) -> None:
             return
 
 
-def _about(error: InvalidRequest) -> str:
+def _about(error: NvilaError) -> str:
     return error.message.replace("the media address", "the webhook's address").replace(
         "must be http, https or data, or the id of an uploaded file", "must be http or https"
     )

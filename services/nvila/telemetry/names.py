@@ -79,8 +79,13 @@ DECODE_BACKLOG_SECONDS = Metric(
 RECORDED_FRAMES = Metric(
     "nvila_recorded_frames_total", "counter", "Sampled frames of recordings by what became of them.", ("fate",)
 )
-CAPTURES = Metric("nvila_captures", "gauge", "Live sources being read, by state.", ("state",))
+CAPTURES = Metric(
+    "nvila_captures", "gauge", "Live sources that are read over the network, by kind and state.", ("source", "state")
+)
 CAPTURE_RECONNECTS = Metric("nvila_capture_reconnects_total", "counter", "Live sources that were connected to again.")
+CAPTURE_LOST_SECONDS = Metric(
+    "nvila_capture_lost_seconds_total", "counter", "Footage of cameras that was lost: it could not be kept in time."
+)
 INGEST_LAG_SECONDS = Metric(
     "nvila_ingest_lag_seconds", "gauge", "Footage of the live source furthest behind that waits to be ingested."
 )
