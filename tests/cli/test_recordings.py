@@ -16,7 +16,7 @@ import pytest
 from nvila.cli.main import main
 from nvila.cli.recording_client import RecordingClient
 from nvila.cli.recordings import seconds
-from nvila.errors import InvalidRequest, LimitExceeded
+from nvila.errors import DeadlineExceeded, InvalidRequest, LimitExceeded, NvilaError
 from nvila.recordings.jobs import Claim, JobStore
 from nvila.recordings.types import JobKind, RecordingState
 from tests.gateway.faces import ANSWERED, KEY, SEAL, Gateway, ScriptedPipeline, serving
@@ -130,11 +130,17 @@ async def test_a_timeline_is_followed_and_exported(tmp_path: Path, capsys: pytes
         assert "no finished job" in await cli("recordings", "export", recording_id, "--kind", "watch", status=5)
 
 
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [
+        (LimitExceeded("parts: 29 needed, at most 16 allowed"), 3),
+        (DeadlineExceeded("the window needs 9 model calls, about 90 s more, and 20 s are left"), 8),
+    ],
+)
 async def test_a_question_too_long_for_one_request_is_asked_as_a_job(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], error: NvilaError, status: int
 ) -> None:
-    script = [LimitExceeded("parts: 29 needed, at most 16 allowed")]
-    async with _cli(tmp_path, capsys, script) as cli:
+    async with _cli(tmp_path, capsys, [error]) as cli:
         recording_id = await _pushed(cli)
         words = ("recordings", "ask", recording_id, "What happens?", "--timeout", "30")
         asking = asyncio.create_task(cli(*words))
@@ -142,8 +148,18 @@ async def test_a_question_too_long_for_one_request_is_asked_as_a_job(
         assert claim.job.params["question"] == "What happens?"
         await claim.finish({"text": "A cyclist passes.", "gaps": []})
         assert await asking == "A cyclist passes.\n"
-        refused = await cli(*words, "--json", status=3)
-        assert json.loads(refused)["error"]["code"] == "limit_exceeded"
+        refused = await cli(*words, "--json", status=status)
+        assert json.loads(refused)["error"]["code"] == error.code
+
+
+async def test_a_question_about_the_likest_chunks_is_a_job(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    async with _cli(tmp_path, capsys) as cli:
+        recording_id = await _pushed(cli)
+        asking = asyncio.create_task(cli("recordings", "ask", recording_id, "Where is the dog?", "--relevant", "5"))
+        claim = await cli.claim(JobKind.ASK)
+        assert claim.job.params == {"question": "Where is the dog?", "relevant_chunks": 5}
+        await claim.finish({"text": "By the gate.", "gaps": []})
+        assert await asking == "By the gate.\n"
 
 
 async def test_a_standing_questions_alerts_are_printed_as_they_come(

@@ -140,6 +140,23 @@ async def test_relevant_chunks_are_all_that_is_looked_at(asking: Asking) -> None
     windows = [(window.start_s, window.end_s) for _, window in asking.model.asked if window is not None]
     assert sorted(windows) == [(112, 144), (480, 496)]
     assert [hit["chunk"] for hit in result["relevant"]] == [7, 30, 8]
+    plan = result["plan"]
+    assert (plan["mode"], plan["calls"], plan["frames"], plan["blocks"]) == ("map_reduce", 3, 3 * 16, 3 * 2)
+    assert plan["seconds_per_frame"] == pytest.approx(1)
+
+
+async def test_relevant_chunks_that_are_neighbours_are_asked_about_in_parts_that_fit(asking: Asking) -> None:
+    recording = await fill(asking.jobs, 200)
+    await asking.submit(JobKind.ASK, recording, question="Where is the dog?", relevant_chunks=199)
+    claim = await made.claim(asking.jobs, "w", JobKind.ASK)
+
+    result = await handler(JobKind.ASK, asking, likest=Likest(*range(1, 200)))(claim)
+
+    windows = [window for _, window in asking.model.asked if window is not None]
+    assert len(windows) == 13
+    assert (min(map(begin, windows)), max(window.end_s or 0 for window in windows)) == (16, 3200)
+    assert result["plan"]["calls"] == len(asking.model.asked) == 14
+    assert result["plan"]["frames"] == 199 * 16
 
 
 @pytest.mark.parametrize(

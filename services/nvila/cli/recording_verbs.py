@@ -16,7 +16,10 @@ def recordings(verb: argparse.ArgumentParser) -> None:
     shown.add_argument("-f", "--follow", action="store_true", help="until it is complete")
     ask = actions.add_parser("ask", help="a question, answered as it comes")
     ask.add_argument("--job", action="store_true", help="as a job, even if one request would do")
-    ask.add_argument("--timeout", type=float, default=300.0, metavar="S", help="longest wait in all (%(default)s s)")
+    ask.add_argument("--relevant", type=int, metavar="N", help="only of the N chunks most like it (then as a job)")
+    ask.add_argument(
+        "--timeout", type=float, default=300.0, metavar="S", help="what takes longer is a job (%(default)s s)"
+    )
     summary = actions.add_parser("summarize", help="a summary, with its times, as it grows")
     when = actions.add_parser("when", help="when something happens")
     timeline = actions.add_parser("timeline", help="a timeline of events")

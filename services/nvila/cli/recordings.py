@@ -19,7 +19,7 @@ from nvila.cli import jobs, show
 from nvila.cli.ask import find_gateway, print_answer
 from nvila.cli.client import Ask, GatewayClient
 from nvila.cli.recording_client import Record, RecordingClient
-from nvila.errors import InvalidRequest, LimitExceeded, NotFound, from_wire
+from nvila.errors import DeadlineExceeded, InvalidRequest, LimitExceeded, NotFound, from_wire
 
 _LOOK_EVERY_S = 1.0
 _KINDS = {"ask": "ask", "summarize": "summary", "when": "when", "timeline": "timeline", "watch": "watch"}
@@ -27,10 +27,10 @@ _STYLES = {"complete": "green", "live": "red", "ingesting": "cyan", "failed": "b
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.action == "ask" and not args.job:
+    if args.action == "ask" and not args.job and args.relevant is None:
         try:
             return _ask(args)
-        except LimitExceeded as error:  # too long for one request, perhaps not for a job
+        except (LimitExceeded, DeadlineExceeded) as error:  # too long for one request, perhaps not for a job
             if args.json:
                 raise
             show.console.print(Text(f"{error}; asking as a job", style="dim"))
@@ -183,6 +183,7 @@ def _job(gateway: RecordingClient, args: argparse.Namespace) -> int:
     params: dict[str, Any] = {
         "question": getattr(args, "question", None),
         "max_tokens": getattr(args, "max_tokens", None),
+        "relevant_chunks": getattr(args, "relevant", None),
         "webhook_url": getattr(args, "webhook", None),
         "secret": getattr(args, "secret", None),
     }

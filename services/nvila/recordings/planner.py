@@ -10,7 +10,7 @@ P10). Averages never cross a gap, because what lies on its two sides did not hap
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from nvila.errors import LimitExceeded
 from nvila.model import cost
@@ -81,6 +81,10 @@ class Budget:
             answer=answer,
         )
 
+    def of_part(self) -> Budget:
+        """Of a call whatever it is about, if that is only a part of what was asked."""
+        return replace(self, positions=self.positions - self.part_text, text=self.text + self.part_text, part_text=0)
+
     def capacity(self, shape: GroupShape, *, is_part: bool = False) -> int:
         """How many blocks fit. Raises `LimitExceeded` when not even one does."""
         room = self.positions - (self.part_text if is_part else 0)
@@ -118,6 +122,10 @@ class Planned:
     stretches: tuple[Stretch, ...]
     left_out: int
 
+    @property
+    def is_map(self) -> bool:
+        return len(self.stretches) > 1
+
 
 def plan_window(
     units: Sequence[Unit],
@@ -153,6 +161,33 @@ def plan_window(
     stretches = _cut(units, start_s, end_s, budget.capacity(shape, is_part=True))
     shown = sum(len(stretch.blocks) for stretch in stretches)
     return _planned(units, stretches, 1, shown < len(units), missing_s, budget, shape, config)
+
+
+def joined_plan(windows: Sequence[Planned], budget: Budget, config: NvilaConfig) -> WindowPlan:
+    """Of windows that are asked about apart from each other, with one last call over all their answers."""
+    plans = [window.plan for window in windows]
+    if len(plans) == 1:
+        return plans[0]
+    parts = sum(len(window.stretches) for window in windows)
+    flops = sum(plan.prefill_flops for plan in plans) + _closing_flops(config, budget, parts)
+    flops -= sum(_closing_flops(config, budget, len(window.stretches)) for window in windows if window.is_map)
+    blocks, frames = sum(plan.blocks for plan in plans), sum(plan.frames for plan in plans)
+    known = [plan.frames + window.left_out for plan, window in zip(plans, windows, strict=True)]
+    covered_s = sum(plan.seconds_per_frame * count for plan, count in zip(plans, known, strict=True))
+    return WindowPlan(
+        mode=WindowMode.MAP_REDUCE,
+        pool=max(plan.pool for plan in plans),
+        leaves_out_static=any(plan.leaves_out_static for plan in plans),
+        calls=parts + 1,
+        blocks=blocks,
+        tokens=sum(plan.tokens for plan in plans),
+        most_tokens=max(plan.most_tokens for plan in plans),
+        frames=frames,
+        seconds_per_frame=covered_s / sum(known),
+        seconds_per_block=covered_s / blocks,
+        prefill_flops=flops,
+        reason=f"{len(plans):,} windows apart from each other, asked about in {parts:,} parts",
+    )
 
 
 def _distinct(units: Sequence[Unit]) -> list[int]:
@@ -238,7 +273,7 @@ def _planned(
     mode = WindowMode.MAP_REDUCE if is_map else WindowMode.FULL if pool == 1 else WindowMode.POOLED
     flops = sum(cost.prefill_flops(config, size + budget.text + (budget.part_text if is_map else 0)) for size in sizes)
     if is_map:
-        flops += cost.prefill_flops(config, budget.text + len(stretches) * budget.answer)
+        flops += _closing_flops(config, budget, len(stretches))
     plan = WindowPlan(
         mode=mode,
         pool=pool,
@@ -254,6 +289,11 @@ def _planned(
         reason=_reason(mode, len(units), blocks, pool, leaves_out, budget, shape),
     )
     return Planned(plan=plan, stretches=tuple(stretches), left_out=left_out)
+
+
+def _closing_flops(config: NvilaConfig, budget: Budget, parts: int) -> float:
+    """Of the last call, over the answers of so many parts."""
+    return cost.prefill_flops(config, budget.text + parts * budget.answer)
 
 
 def _reason(

@@ -16,6 +16,7 @@ from functools import partial
 from typing import Any
 
 from nvila.errors import InvalidRequest, LimitExceeded
+from nvila.model.config import NvilaConfig
 from nvila.model.estimate import text_at_most
 from nvila.recordings.asking import (
     MOST_ANSWER_TOKENS,
@@ -32,6 +33,7 @@ from nvila.recordings.asking import (
     together,
     window_of,
 )
+from nvila.recordings.planner import Budget, joined_plan
 from nvila.recordings.search import Relevance
 from nvila.recordings.types import Job
 from nvila.recordings.window import OpenWindow
@@ -341,24 +343,32 @@ class AskHandler:
         budget, config = await budget_of(self._caller, question)
         budget = replace(budget, part_text=PART_POSITIONS)
         opened = await self._windows.open(window_of(job), job.tenant, budget, config)
-        stretches = opened.planned.stretches
-        spans = [(stretch.start_s, stretch.end_s) for stretch in stretches] if len(stretches) > 1 else [_span(opened)]
+        looked = [opened]
         chosen: list[dict[str, Any]] = []
         if relevant is not None:
             window = RecordingWindow(recording_id=opened.recording.id, start_s=opened.start_s, end_s=opened.end_s)
             found = await self._relevance.most_like(text, window, job.tenant, relevant)
             chosen = [hit.to_json() for hit in found]
             spans = joined([(hit.start_s, hit.end_s) for hit in found])
+            looked = await self._open_each(job, spans, budget.of_part(), config)
         coverage = opened.coverage()
         return {
             "window": {"start_s": opened.start_s, "end_s": opened.end_s},
             "captured": {"from": coverage.captured_from, "to": coverage.captured_to},
-            "plan": {**asdict(coverage.plan), "calls": len(spans) + (len(spans) > 1)},
+            "plan": asdict(joined_plan([one.planned for one in looked], budget, config)),
             "relevant": chosen,
-            "frames_static": coverage.frames_static,
-            "gaps": [asdict(gap) for gap in opened.gaps],
-            "stretches": spans,
+            "frames_static": sum(one.coverage().frames_static for one in looked),
+            "gaps": [asdict(gap) for one in looked for gap in one.gaps],
+            "stretches": [(part.start_s, part.end_s) for one in looked for part in one.planned.stretches],
         }
+
+    async def _open_each(
+        self, job: Job, spans: Sequence[tuple[float, float]], budget: Budget, config: NvilaConfig
+    ) -> list[OpenWindow]:
+        """Windows on these spans, each of which is asked about as a part, or as several."""
+        recording_id = job.recording_id or ""
+        windows = [RecordingWindow(recording_id=recording_id, start_s=start_s, end_s=end_s) for start_s, end_s in spans]
+        return [await self._windows.open(window, job.tenant, budget, config) for window in windows]
 
     async def _look(self, question: Question, stretches: Sequence[RecordingWindow], once: Once) -> list[Note]:
         if len(stretches) > 1:
@@ -380,10 +390,6 @@ class AskHandler:
             return Note.of(told, notes[0].start_s, notes[-1].end_s)
 
         return await once("answer", close)
-
-
-def _span(window: OpenWindow) -> tuple[float, float]:
-    return window.start_s, window.end_s
 
 
 def joined(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

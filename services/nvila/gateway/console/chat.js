@@ -106,7 +106,8 @@ export class Chat {
     try {
       await this.chat(text, window, answer);
     } catch (error) {
-      if (error.code !== "limit_exceeded") throw error;
+      if (!["limit_exceeded", "deadline_exceeded"].includes(error.code)) throw error;
+      answer.text.textContent = "";
       await this.job("ask", text, window, answer);
     }
   }
@@ -123,7 +124,7 @@ export class Chat {
     for await (const { data } of events(response)) {
       if (data === "[DONE]") break;
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new Error(chunk.error.message);
+      if (chunk.error) throw Object.assign(new Error(chunk.error.message), { code: chunk.error.code });
       said += chunk.choices?.[0]?.delta?.content ?? "";
       coverage = chunk.coverage ?? coverage;
       answer.text.textContent = said.trimStart();
