@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+import struct
 import tarfile
+import zlib
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,13 +21,13 @@ from nvila.train.data.catalogue import make_sample
 from nvila.train.data.draw import Knobs, Split
 from nvila.train.data.generate import Plan, generate
 from nvila.train.data.listing import ListingSource, write_listing
-from nvila.train.data.media import VideoReading
+from nvila.train.data.media import VideoReading, open_media
 from nvila.train.data.mixture import open_mixture
 from nvila.train.data.records import read_record
 from nvila.train.data.shards import ShardSource, write_shard
 from nvila.train.data.stream import SampleStream
-from nvila.train.samples import Sample
-from nvila.types import MediaPart, Role
+from nvila.train.samples import Sample, Unusable, usable
+from nvila.types import MediaKind, MediaPart, Role
 
 SMALL = Knobs(canvas_px=96, text_px=(8, 16), video_px=48, clip_s=(3.0, 4.0))
 
@@ -55,7 +57,7 @@ def test_a_shard_gives_back_what_was_put_in(tmp_path: Path, family: str) -> None
     samples = made(family, 3)
     write_shard(tmp_path / "a.tar", samples)
 
-    read = ShardSource("a", [tmp_path / "a.tar"])
+    read = ShardSource("a", [tmp_path / "a.tar"], VideoReading())
 
     assert len(read) == 3
     for index, sample in enumerate(samples):
@@ -136,6 +138,12 @@ def test_a_broken_clip_is_no_clip() -> None:
         ({"image": "a.png", "conversations": turn("<image><image> same?")}, "2 placeholders for images, but 1"),
         ({"conversations": turn("<video> when?")}, "1 placeholders for videos, but 0"),
         ({"conversations": turn(), "nvila": 3}, "`nvila` must be an object"),
+        ({"conversations": turn(), "nvila": {"answers": None}}, "`answers` must be a list, not NoneType"),
+        ({"conversations": turn(), "nvila": {"answers": "42"}}, "`answers` must be a list, not str"),
+        ({"conversations": turn(), "nvila": {"choices": 7}}, "`choices` must be a list, not int"),
+        ({"conversations": turn(), "nvila": {"notes": ["x"]}}, "`notes` must be an object, not list"),
+        ({"conversations": [{"from": ["human"], "value": "x"}]}, r"a message is from \['human'\]"),
+        ({"conversations": turn("what is \ud83d?")}, "half of a surrogate pair"),
     ],
 )
 def test_what_is_wrong_with_a_record_is_said(record: Any, reason: str) -> None:
@@ -180,10 +188,10 @@ def test_unusable_records_are_named_with_their_line(tmp_path: Path) -> None:
     source = ListingSource("own", tmp_path / "own.json", tmp_path, VideoReading())
 
     assert len(source) == 2
-    assert [line for line, _ in source.faults] == [3, 4, 18]
-    assert "there is no image 'gone.png'" in source.faults[0][1]
-    assert "unknown placeholder <speech>" in source.faults[1][1]
-    assert "wrong JSON" in source.faults[2][1]
+    assert [fault.where for fault in source.faults] == ["own.json:3", "own.json:4", "own.json:18"]
+    assert "there is no image 'gone.png'" in source.faults[0].reason
+    assert "unknown placeholder <speech>" in source.faults[1].reason
+    assert "wrong JSON" in source.faults[2].reason
 
 
 def test_a_wrong_line_of_json_lines_costs_that_line_only(tmp_path: Path) -> None:
@@ -193,7 +201,29 @@ def test_a_wrong_line_of_json_lines_costs_that_line_only(tmp_path: Path) -> None
     source = ListingSource("own", tmp_path / "own.jsonl", tmp_path, VideoReading())
 
     assert len(source) == 2
-    assert [line for line, _ in source.faults] == [2]
+    assert [fault.where for fault in source.faults] == ["own.jsonl:2"]
+
+
+def test_json_that_is_nested_too_deeply_is_a_fault_of_its_line(tmp_path: Path) -> None:
+    good, deep = json.dumps({"conversations": turn()}), "[" * 100_000
+    (tmp_path / "lines.jsonl").write_text(f"{good}\n{deep}\n{good}\n")
+    (tmp_path / "list.json").write_text(f"[{good},\n{deep}")
+
+    lines = ListingSource("lines", tmp_path / "lines.jsonl", tmp_path, VideoReading())
+    listed = ListingSource("list", tmp_path / "list.json", tmp_path, VideoReading())
+
+    assert (len(lines), [fault.where for fault in lines.faults]) == (2, ["lines.jsonl:2"])
+    assert (len(listed), [fault.where for fault in listed.faults]) == (1, ["list.json:2"])
+    assert "nested too deeply" in listed.faults[0].reason
+
+
+def test_a_name_that_no_file_can_have_is_a_fault_of_its_line(tmp_path: Path) -> None:
+    records = [{"image": name, "conversations": turn()} for name in ("x" * 5000, "a\0b")]
+    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, records)))
+
+    source = ListingSource("own", tmp_path / "own.jsonl", tmp_path, VideoReading())
+
+    assert [fault.where for fault in source.faults] == ["own.jsonl:1", "own.jsonl:2"]
 
 
 def test_a_list_without_end_and_a_file_that_is_no_text_are_reported(tmp_path: Path) -> None:
@@ -203,8 +233,8 @@ def test_a_list_without_end_and_a_file_that_is_no_text_are_reported(tmp_path: Pa
     cut = ListingSource("cut", tmp_path / "cut.json", tmp_path, VideoReading())
 
     assert len(cut) == 1
-    assert "no end" in cut.faults[0][1]
-    assert "no UTF-8" in ListingSource("bytes", tmp_path / "bytes.json", tmp_path, VideoReading()).faults[0][1]
+    assert "no end" in cut.faults[0].reason
+    assert "no UTF-8" in ListingSource("bytes", tmp_path / "bytes.json", tmp_path, VideoReading()).faults[0].reason
 
 
 def test_written_lists_are_read_back_with_real_video_files(tmp_path: Path) -> None:
@@ -253,15 +283,15 @@ def test_a_wrong_mixture_is_refused(folder: Path, text: str, error: type[Excepti
 
 def test_a_stream_goes_on_after_a_kill_with_exactly_what_would_have_followed(folder: Path) -> None:
     mixture = open_mixture("shapes*2+when", folder)
-    whole = [sample.name for sample in SampleStream(mixture, seed=5, limit=40)]
+    whole = [sample.name for sample in usable(SampleStream(mixture, seed=5, limit=40))]
 
     stream = SampleStream(mixture, seed=5, limit=40)
-    before = [sample.name for sample in islice(stream, 17)]
+    before = [sample.name for sample in islice(usable(stream), 17)]
     state = json.loads(json.dumps(stream.state()))
     resumed = SampleStream(open_mixture("shapes*2+when", folder), seed=5, limit=40)
     resumed.restore(state)
 
-    assert before + [sample.name for sample in resumed] == whole
+    assert before + [sample.name for sample in usable(resumed)] == whole
     assert sorted(whole[:16]) == sorted(whole[16:32])  # every epoch holds everything
     assert whole[:16] != whole[16:32]
 
@@ -270,7 +300,7 @@ def test_ranks_share_an_epoch_without_overlap(folder: Path) -> None:
     mixture = open_mixture("shapes", folder)
     ranks = [SampleStream(mixture, seed=1, rank=rank, ranks=7, limit=1) for rank in range(7)]
 
-    assert sorted(sample.index for stream in ranks for sample in stream) == list(range(7))
+    assert sorted(sample.index for stream in ranks for sample in usable(stream)) == list(range(7))
     assert len(ranks[0]) == 1
 
 
@@ -291,41 +321,87 @@ def damage(folder: Path) -> None:
         file.write(b"no picture at all")
 
 
-def test_a_broken_picture_is_counted_logged_and_left_out(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+def unusable(stream: SampleStream) -> list[str]:
+    return [str(sample) for sample in stream if isinstance(sample, Unusable)]
+
+
+def test_a_broken_picture_stands_in_its_place_by_file_and_member(folder: Path) -> None:
     damage(folder)
-    stream = SampleStream(open_mixture("shapes", folder), limit=7)
+    mixture = open_mixture("shapes", folder)
 
-    with caplog.at_level(logging.WARNING, "nvila.train.data"):
-        names = [sample.index for sample in stream]
+    samples = list(usable(SampleStream(mixture, limit=7)))
 
-    assert sorted(names) == [0, 1, 2, 3, 5, 6]
-    assert stream.bad == {"shapes": 1}
-    assert "shapes-train-00001.tar:00000004: a broken or unknown picture" in caplog.text
-    assert stream.state()["bad"] == {"shapes": 1}
+    assert sorted(sample.index for sample in samples) == [0, 1, 2, 3, 5, 6]
+    assert samples[0].where.startswith("shapes-train-0000")
+    (said,) = unusable(SampleStream(mixture, limit=7))
+    assert said.startswith("shapes-train-00001.tar:00000004: a broken or unknown picture")
 
 
-def test_a_strict_stream_refuses_a_broken_picture_naming_it(folder: Path) -> None:
+def test_what_is_left_out_is_logged(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     damage(folder)
 
-    with pytest.raises(InvalidRequest, match=r"shapes-train-00001\.tar:00000004"):
-        list(SampleStream(open_mixture("shapes", folder), limit=7, is_strict=True))
+    with caplog.at_level(logging.WARNING, "nvila.train.samples"):
+        list(usable(SampleStream(open_mixture("shapes", folder), limit=7)))
+
+    assert "left out shapes-train-00001.tar:00000004" in caplog.text
 
 
-def test_a_corrupt_video_file_is_left_out_while_training_goes_on(tmp_path: Path) -> None:
+def bomb() -> bytes:
+    """A PNG's header that announces 20,000 x 20,000 pixels."""
+    header = b"IHDR" + struct.pack(">IIBBBBB", 20_000, 20_000, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + header + struct.pack(">I", zlib.crc32(header)) + bytes(64)
+
+
+def test_corrupt_media_are_left_out_while_training_goes_on(tmp_path: Path) -> None:
     (tmp_path / "bad.mp4").write_bytes(b"\0" * 4096)
-    records = [{"video": "bad.mp4", "conversations": turn()}, {"conversations": turn("and without?")}]
-    (tmp_path / "own.jsonl").write_text("\n".join(map(json.dumps, records)))
-    stream = SampleStream(open_mixture("own", tmp_path), limit=2)
+    (tmp_path / "bomb.png").write_bytes(bomb())
+    (tmp_path / "bad.clip.npz").write_bytes(_with_broken_deflate(clips.pack(made("order", 1)[0].media[0])))
+    records: list[dict[str, Any]] = [{"video": "bad.mp4"}, {"image": "bomb.png"}, {"video": "bad.clip.npz"}, {}]
+    (tmp_path / "own.jsonl").write_text("\n".join(json.dumps(record | {"conversations": turn()}) for record in records))
+    mixture = open_mixture("own", tmp_path)
 
-    assert [sample.question for sample in stream] == ["and without?"]
-    assert stream.bad == {"own": 1}
+    assert [sample.where for sample in usable(SampleStream(mixture, limit=4))] == ["own.jsonl:4"]
+    said = sorted(unusable(SampleStream(mixture, limit=4)))
+    assert [line.split(": ")[0] for line in said] == ["own.jsonl:1", "own.jsonl:2", "own.jsonl:3"]
+    assert "a broken or unknown picture" in said[1]
+
+
+def _with_broken_deflate(packed: bytes) -> bytes:
+    """The same archive, the compressed bytes of its first member overwritten."""
+    begin = packed.index(b"steps_FHWC.npy") + len("steps_FHWC.npy")
+    return packed[:begin] + b"\xff" * 64 + packed[begin + 64 :]
+
+
+def test_videos_of_other_programs_in_shards_are_decoded(tmp_path: Path) -> None:
+    clip = made("when", 1)[0]
+    clips.write_h264(clip.media[0], tmp_path / "1.mp4")
+    (tmp_path / "1.json").write_text(json.dumps({"video": "1.mp4", "conversations": turn()}))
+    with tarfile.open(tmp_path / "own-train-00000.tar", "w") as tar:
+        for name in ("1.json", "1.mp4"):
+            tar.add(tmp_path / name, name)
+
+    mixture = open_mixture("own", tmp_path, reading=VideoReading(frames=6, side_px=24))
+    sample = mixture.parts[0].source.load(0)
+
+    assert sample.media[0].frames_FHWC.shape == (6, 24, 24, 3)
+    assert sample.duration_s == pytest.approx(clip.duration_s, abs=0.15)
+
+
+def test_frames_in_a_folder_are_brought_to_the_side_that_is_asked_for(tmp_path: Path) -> None:
+    (tmp_path / "clip").mkdir()
+    for number in range(3):
+        Image.new("RGB", (64, 48), (number, 0, 0)).save(tmp_path / "clip" / f"{number}.png")
+
+    media = open_media(MediaKind.VIDEO, tmp_path / "clip", VideoReading(side_px=16))
+
+    assert media.frames_FHWC.shape == (3, 16, 16, 3)
 
 
 def test_bad_records_are_refused_at_once_when_asked(tmp_path: Path) -> None:
     (tmp_path / "own.jsonl").write_text(json.dumps({"conversations": turn()}) + "\n{oops\n")
 
-    assert open_mixture("own", tmp_path).faults[0][0] == "own:2"
-    with pytest.raises(InvalidRequest, match="1 records cannot be used\n  own:2: wrong JSON"):
+    assert open_mixture("own", tmp_path).faults[0].where == "own.jsonl:2"
+    with pytest.raises(InvalidRequest, match=r"1 records cannot be used\n  own\.jsonl:2: wrong JSON"):
         open_mixture("own", tmp_path, is_strict=True)
 
 
@@ -342,7 +418,7 @@ def test_shards_of_other_programs_are_read_too(tmp_path: Path) -> None:
             other.addfile(member, data)
         other.addfile(tarfile.TarInfo(f"{'long/' * 30}é00000000.txt"))
 
-    source = ShardSource("other", [tmp_path / "other.tar"])
+    source = ShardSource("other", [tmp_path / "other.tar"], VideoReading())
 
     assert [source.load(i).question for i in range(2)] == [one.question for one in made("shapes", 2)]
 
@@ -353,7 +429,7 @@ def test_a_shard_that_was_cut_off_is_refused(tmp_path: Path) -> None:
     (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 2])
 
     with pytest.raises(InvalidRequest, match=r"cut\.tar is no whole tar archive"):
-        ShardSource("cut", [tmp_path / "cut.tar"])
+        ShardSource("cut", [tmp_path / "cut.tar"], VideoReading())
 
 
 def test_a_shard_that_is_no_tar_is_refused_by_name(tmp_path: Path) -> None:

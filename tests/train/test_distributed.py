@@ -12,6 +12,7 @@ import pytest
 from nvila.errors import InvalidRequest
 from nvila.train.distributed import Ranks
 from nvila.train.plot import read_metrics
+from nvila.train.recipes import RECIPES, recipe_named
 
 
 def run(out: Path, recipe: str, *launcher: str) -> list[dict[str, float]]:
@@ -66,3 +67,16 @@ def test_lanes_are_dealt_evenly_or_not_at_all() -> None:
     assert Ranks(rank=1, world=2).lanes(6) == [1, 3, 5]
     with pytest.raises(InvalidRequest, match="5 lanes cannot be dealt to 2"):
         Ranks(rank=0, world=2).lanes(5)
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3, 8, 16])
+@pytest.mark.parametrize("name", list(RECIPES))
+def test_every_recipe_can_be_shared_by_any_number_of_processes(name: str, processes: int) -> None:
+    batch = recipe_named(name).batch
+    dealt = batch.dealt_to(processes)
+
+    assert len(Ranks(rank=0, world=processes).lanes(dealt.lanes)) == dealt.lanes // processes
+    assert dealt.rows % dealt.lanes == 0
+    assert batch.rows <= dealt.rows < batch.rows + dealt.lanes
+    assert dealt.dealt_to(processes) == dealt
+    assert batch.dealt_to(1) == batch

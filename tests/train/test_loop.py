@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -114,6 +116,39 @@ def test_another_recipe_in_the_same_folder_is_refused(base: Path, tmp_path: Path
         train(short(optim=Optim(lr=1.0)), base, tmp_path)
 
 
+def test_another_recipe_is_refused_also_when_the_stage_is_finished(base: Path, tmp_path: Path) -> None:
+    train(short(duration=Duration(steps=1)), base, tmp_path)
+
+    with pytest.raises(InvalidRequest, match="optim"):
+        train(short(duration=Duration(steps=1), optim=Optim(lr=1.0)), base, tmp_path)
+
+
+def test_a_run_goes_on_from_the_checkpoint_that_it_began_from_wherever_that_lies_now(
+    base: Path, tmp_path: Path
+) -> None:
+    other = make_base(tmp_path / "other", TOY, learn_merges(texts(), 300), seed=1)
+    train(short(), base, tmp_path / "out", stop_after_s=0.0)
+    shutil.copytree(base, tmp_path / "copy")
+
+    with pytest.raises(InvalidRequest, match="other weights than"):
+        train(short(), other, tmp_path / "out")
+    assert train(short(), tmp_path / "copy", tmp_path / "out").model is not None
+
+
+def test_a_run_keeps_the_lanes_of_the_processes_that_it_began_with(base: Path, tmp_path: Path) -> None:
+    recipe = short(batch=Batch(rows=1, row_positions=512, row_tiles=32))
+    train(recipe, base, tmp_path, stop_after_s=0.0)
+    shutil.rmtree(tmp_path / recipe.name / "state")
+    record = tmp_path / recipe.name / "run.json"
+    described = json.loads(record.read_text())
+    described["recipe"]["batch"] |= {"rows": 2, "lanes": 2}
+    record.write_text(json.dumps(described | {"processes": 2}))
+
+    outcome = train(recipe, base, tmp_path, stop_after_s=0.0)
+
+    assert set(outcome.progress.lanes) == {"0", "1"}
+
+
 def test_feeding_processes_give_the_batches_of_feeding_here(base: Path) -> None:
     recipe = short()
     with Feed(recipe, base, [0, 1], has_processes=True) as apart, Feed(recipe, base, [0, 1]) as here:
@@ -143,7 +178,10 @@ class BadSource(ToySource):
 
 
 def test_samples_that_cannot_be_used_are_counted_or_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feeding, "open_source", lambda data, **where: BadSource(**where))
+    def open_bad(data: str, *, lane: int, lanes: int, seed: int, **_: object) -> BadSource:
+        return BadSource(lane=lane, lanes=lanes, seed=seed)
+
+    monkeypatch.setattr(feeding, "open_source", open_bad)
     recipe = short(prepare=replace(short().prepare, max_positions=300))
     cut = short(prepare=replace(short().prepare, max_positions=20))
 
@@ -225,8 +263,6 @@ def test_the_published_stages_train_what_the_scripts_train() -> None:
 
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_a_recipe_comes_back_from_its_record(name: str) -> None:
-    import json
-
     recipe = recipe_named(name)
 
     assert recipe_from(json.loads(json.dumps(recipe.to_json()))) == recipe

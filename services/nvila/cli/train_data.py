@@ -22,13 +22,15 @@ from rich.progress import (
 from rich.text import Text
 
 from nvila.cli import show
-from nvila.errors import InvalidRequest, NvilaError
+from nvila.errors import InvalidRequest
 from nvila.train.data.catalogue import TASKS, make_sample
 from nvila.train.data.draw import Knobs, Split
 from nvila.train.data.fonts import HELD_OUT, TRAINED
 from nvila.train.data.generate import Plan, generate, held_out_layouts
 from nvila.train.data.listing import write_listing
 from nvila.train.data.mixture import open_mixture
+from nvila.train.data.stream import read
+from nvila.train.samples import Unusable
 
 _MOST_FAULTS_SHOWN = 20
 
@@ -89,23 +91,23 @@ def _check(args: argparse.Namespace) -> int:
     """Read every sample, decode all media, and name what is broken by file and line. Fails if anything is."""
     mixture = open_mixture(args.check, args.folder)
     faults = list(mixture.faults)
-    read = 0
+    good = 0
     with _bar() as bar:
         task = bar.add_task("reading", total=sum(len(part.indices) for part in mixture.parts))
         for part in mixture.parts:
             for index in part.indices:
-                try:
-                    part.source.load(index)
-                    read += 1
-                except NvilaError as error:
-                    faults.append((f"{part.source.name}:{part.source.where(index)}", error.message))
+                sample = read(part.source, index)
+                if isinstance(sample, Unusable):
+                    faults.append(sample)
+                else:
+                    good += 1
                 bar.advance(task)
     if args.json:
-        show.print_json({"good": read, "bad": [{"where": where, "reason": reason} for where, reason in faults]})
+        show.print_json({"good": good, "bad": [asdict(fault) for fault in faults]})
     else:
-        for where, reason in faults[:_MOST_FAULTS_SHOWN]:
-            print(f"{where}: {reason}")
-        show.console.print(f"{read:,} samples can be used, {len(faults):,} cannot")
+        for fault in faults[:_MOST_FAULTS_SHOWN]:
+            print(fault)
+        show.console.print(f"{good:,} samples can be used, {len(faults):,} cannot")
     return 3 if faults else 0
 
 

@@ -109,6 +109,8 @@ def _changed(recipe: Recipe, args: argparse.Namespace) -> Recipe:
         recipe = replace(recipe, batch=replace(recipe.batch, rows=rows, lanes=args.lanes))
     if args.precision:
         recipe = replace(recipe, precision=Precision(args.precision))
+    if args.strict:
+        recipe = replace(recipe, skips_bad=False)
     return recipe
 
 
@@ -133,7 +135,10 @@ def _train(stages: tuple[Recipe, ...], start: Path, args: argparse.Namespace) ->
     if args.workers:
         from nvila.train.cluster import train_on_ray
 
-        show.print_json(train_on_ray(stages, start.resolve(), args.out.resolve(), args.workers, args.device))
+        if args.stop_after is not None or args.in_process:
+            raise InvalidRequest("--stop-after and --in-process are not for a Ray cluster: leave them or --workers out")
+        place = (start.resolve(), args.out.resolve())
+        show.print_json(train_on_ray(stages, *place, args.workers, args.device, reporter=lines))
         return
     from nvila.quantize.checks import find_device
     from nvila.train.distributed import Ranks
@@ -157,6 +162,8 @@ def _train(stages: tuple[Recipe, ...], start: Path, args: argparse.Namespace) ->
 
 def _tell(outcome: Outcome, *, as_json: bool) -> None:
     counted = outcome.progress
+    if counted.skipped and not as_json:
+        show.console.print(f"{counted.skipped:,} samples were left out; --strict ends the run at the first one")
     if as_json:
         result = {"model": str(outcome.model) if outcome.model else None, "loss": outcome.loss, "step": counted.step}
         print(json.dumps(result | {"samples": counted.samples, "skipped": counted.skipped}))

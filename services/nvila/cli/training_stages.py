@@ -94,6 +94,7 @@ def _run(action: argparse.ArgumentParser, *, has_start: bool = True) -> None:
     length.add_argument("--steps", type=int, metavar="N", help="per stage, instead of what the recipe says")
     length.add_argument("--epochs", type=float, metavar="X", help="likewise")
     length.add_argument("--seconds", type=float, metavar="S", help="likewise")
+    action.add_argument("--strict", action="store_true", help="end at the first bad sample, instead of leaving it out")
     action.add_argument("--lanes", type=int, metavar="N", help="streams of data, each fed by a process of its own")
     action.add_argument("--in-process", action="store_true", help="feed from this process, without others")
     action.add_argument("--precision", choices=["float32", "bf16", "fp8"], help="instead of what the recipe says")

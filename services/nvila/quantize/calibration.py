@@ -19,7 +19,7 @@ from nvila.model.config import NvilaConfig
 from nvila.model.preprocess import pixel_values, resize_exact, split_image
 from nvila.train.data.media import VideoReading, open_media
 from nvila.train.feed import open_source
-from nvila.train.samples import Sample, SampleMedia, ask
+from nvila.train.samples import Sample, SampleMedia, ask, usable
 from nvila.types import MediaKind
 
 RENDERED = "synthetic:documents*2+tables+charts+scene*2+shapes+motion+order"
@@ -51,7 +51,7 @@ class Data:
         for media that cannot be read."""
         real = iter(self._real(is_held_out))
         lane = int(is_held_out)
-        mixed = iter(open_source(self.mixture, lane=lane, lanes=2, seed=self.seed)) if self.mixture else iter(())
+        mixed = usable(open_source(self.mixture, lane=lane, lanes=2, seed=self.seed) if self.mixture else ())
         while True:
             turn = [*islice(real, 1), *islice(mixed, 1)]
             if not turn:

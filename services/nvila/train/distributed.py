@@ -1,7 +1,7 @@
 """Several processes, one model: who this process is, how weights are shared (FSDP2), and what all have to agree on.
 
-`torchrun` and Ray Train set the same environment; without it there is one process and nothing is shared. The recipe
-does not change: lanes are dealt to processes, gradients are summed.
+`torchrun` and Ray Train set the same environment; without it there is one process and nothing is shared. Lanes are
+dealt to processes, gradients are summed.
 """
 
 from __future__ import annotations
@@ -71,7 +71,8 @@ class Ranks:
         """The lanes of a run that are this process's. Raises `InvalidRequest` when they cannot be dealt evenly."""
         if count % self.world:
             raise InvalidRequest(
-                f"{count} lanes cannot be dealt to {self.world} processes: let the recipe's batch have a multiple"
+                f"{count} lanes cannot be dealt to {self.world} processes: a run that began with {count} lanes goes on "
+                "with as many processes as divide them; or begin anew, with another --out"
             )
         return list(range(self.rank, count, self.world))
 

@@ -24,13 +24,23 @@ import numpy as np
 
 from nvila.errors import InvalidRequest, NvilaError, Unavailable
 from nvila.model.checkpoint import Checkpoint
+from nvila.train.data.media import VideoReading
+from nvila.train.data.mixture import open_mixture, some
+from nvila.train.data.stream import SampleStream
 from nvila.train.prepare import Item, Prepared, PrepareSettings, check_fits, prepare
 from nvila.train.recipes import Recipe
-from nvila.train.samples import SampleSource
+from nvila.train.samples import SampleSource, Unusable
 from nvila.types import MediaKind
 
 AHEAD = 16
 """Samples that a feeding process is ahead of the model."""
+
+_EPOCHS = 12
+"""Of places without a usable sample, after which a lane has none. It is dealt other places every epoch: a single usable
+one of n is not among 12 n of them with a chance of 1 : 160,000. An only lane has met it within two."""
+
+_ENDLESS = 1000
+"""Counts as an epoch of data that have none."""
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +49,10 @@ State = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Fed:
-    """A sample that is ready, or why it is not; `state`: its lane's position after it."""
+    """One place of a lane: a sample that is ready, or why it is not, or neither where the recipe is for other media.
+
+    `state`: the lane's position after it.
+    """
 
     prepared: Prepared | None
     state: State
@@ -48,10 +61,14 @@ class Fed:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Step:
-    """What one optimizer step sees of this process: its rows, and where each of its lanes is afterwards."""
+    """What one optimizer step sees of this process: its rows, and where each of its lanes is afterwards.
+
+    `places`: how many the lanes have moved on; `skipped`: those among them whose samples cannot be used.
+    """
 
     rows: tuple[tuple[Prepared, ...], ...]
     states: dict[int, State]
+    places: int
     skipped: int
 
     @property
@@ -62,11 +79,13 @@ class Step:
 # -- one lane ---------------------------------------------------------------------------------------------------------
 
 
-def open_source(data: str, *, lane: int, lanes: int, seed: int) -> SampleSource:
+def open_source(
+    data: str, *, lane: int, lanes: int, seed: int, reading: VideoReading | None = None, is_strict: bool = False
+) -> SampleSource:
     """`toy`, `toy:images`, `synthetic:<families>[@<samples to the hardest>]`, `listed:<kept.json>`, or a mixture
-    (`train/data/mixture.py`).
+    (`train/data/mixture.py`), whose video files are decoded as `reading` says.
 
-    Raises `InvalidRequest` or `NotFound`.
+    Raises `InvalidRequest` or `NotFound`; `is_strict`: also for records that cannot be used.
     """
     if data in ("toy", "toy:images"):
         from nvila.train.toy import ToySource
@@ -82,11 +101,8 @@ def open_source(data: str, *, lane: int, lanes: int, seed: int) -> SampleSource:
         return ListedSource(_read_kept(Path(data.removeprefix("listed:"))), lane=lane, lanes=lanes, seed=seed)
     if not data:
         raise InvalidRequest("the recipe names no data: say which with --data", param="data")
-    from nvila.train.data.mixture import open_mixture
-    from nvila.train.data.stream import SampleStream
-
     folder, _, text = data.rpartition("::")
-    mixture = open_mixture(text, Path(folder or "."))
+    mixture = open_mixture(text, Path(folder or "."), reading=reading, is_strict=is_strict)
     return SampleStream(mixture, seed=seed, rank=lane, ranks=lanes, threads=2)
 
 
@@ -102,17 +118,21 @@ def _read_kept(path: Path) -> dict[str, list[int]]:
 def feed_lane(
     source: SampleSource, checkpoint: Checkpoint, settings: PrepareSettings, kinds: Sequence[MediaKind]
 ) -> Iterator[Fed]:
-    """Every sample of a lane, ready or with its problem; samples with media of other kinds are passed over."""
+    """Every place of a lane; samples with media of other kinds are passed over."""
     config, tokenizer = checkpoint.config, checkpoint.tokenizer()
     for sample in source:
         state = source.state()
+        if isinstance(sample, Unusable):
+            yield Fed(prepared=None, state=state, problem=str(sample))
+            continue
         if any(media.kind not in kinds for media in sample.media):
+            yield Fed(prepared=None, state=state)
             continue
         try:
             ready = prepare(sample, config, tokenizer, settings)
             check_fits(ready, settings.max_positions)
         except InvalidRequest as error:
-            yield Fed(prepared=None, state=state, problem=f"{sample.name}: {error.message}")
+            yield Fed(prepared=None, state=state, problem=f"{sample.where or sample.name}: {error.message}")
             continue
         yield Fed(prepared=ready, state=state)
 
@@ -123,7 +143,9 @@ def feed_lane(
 class Feed:
     """The rows of this process, step by step. `lanes`: those of the run that are this process's.
 
-    `positions`: states to go on from, by lane. A context: leaving it ends the feeding processes.
+    `positions`: states to go on from, by lane. A context: leaving it ends the feeding processes. `samples`: of an epoch
+    of all lanes, 0 for data without end; `faults`: records that could not be read when the data were opened. Raises
+    `InvalidRequest` for what cannot be used where the recipe leaves nothing out, and where nothing can be used.
     """
 
     def __init__(
@@ -139,11 +161,14 @@ class Feed:
         self._states = dict(positions or {})
         self._pending: dict[int, Fed] = {}
         self._closing: list[Callable[[], None]] = []
-        self.samples = 0
+        whole = open_source(recipe.data, lane=0, lanes=1, seed=recipe.seed, is_strict=not recipe.skips_bad)
+        self.samples = len(whole)
+        self.faults = whole.mixture.faults if isinstance(whole, SampleStream) else ()
+        if self.faults and 0 in lanes:
+            logger.warning("%d records are left out%s", len(self.faults), some(self.faults))
+        self._patience = (self.samples or _ENDLESS) * (_EPOCHS if recipe.batch.lanes > 1 else 2)
         spawn = self._in_process if has_processes else self._here
         self._streams = {lane: spawn(lane, model_path) for lane in lanes}
-        if not has_processes:
-            self.samples = len(open_source(recipe.data, lane=0, lanes=recipe.batch.lanes, seed=recipe.seed))
 
     def __enter__(self) -> Feed:
         return self
@@ -156,38 +181,51 @@ class Feed:
         """Steps without end."""
         lanes = list(self._streams)
         while True:
-            skipped = 0
+            places = skipped = 0
             rows = []
             for number in range(self._recipe.batch.rows):
                 lane = number % self._recipe.batch.lanes
                 if lane in lanes:
-                    row, lost = self._row(lane)
+                    row, passed, lost = self._row(lane)
                     rows.append(row)
+                    places += passed
                     skipped += lost
-            yield Step(rows=tuple(rows), states=dict(self._states), skipped=skipped)
+            yield Step(rows=tuple(rows), states=dict(self._states), places=places, skipped=skipped)
 
-    def _row(self, lane: int) -> tuple[tuple[Prepared, ...], int]:
-        """As many samples in order as fit; the first that does not begins the lane's next row."""
+    def _row(self, lane: int) -> tuple[tuple[Prepared, ...], int, int]:
+        """As many samples in order as fit, places, and unusable ones among them; the first sample that does not fit
+        begins the lane's next row."""
         batch = self._recipe.batch
         row: list[Prepared] = []
-        positions = tiles = skipped = 0
+        positions = tiles = places = skipped = useless = 0
         while True:
             fed = self._pending.pop(lane, None) or next(self._streams[lane])
             ready = fed.prepared
-            if ready is None:
-                if not self._recipe.skips_bad:
-                    raise InvalidRequest(f"a sample cannot be used: {fed.problem}")
-                logger.warning("left out %s", fed.problem)
-                skipped += 1
-                self._states[lane] = fed.state
-                continue
-            positions += ready.positions
-            tiles += len(ready.tiles_USS3)
-            if row and (positions > batch.row_positions or tiles > batch.row_tiles):
-                self._pending[lane] = fed
-                return tuple(row), skipped
-            row.append(ready)
+            if ready is not None:
+                positions += ready.positions
+                tiles += len(ready.tiles_USS3)
+                if row and (positions > batch.row_positions or tiles > batch.row_tiles):
+                    self._pending[lane] = fed
+                    return tuple(row), places, skipped
+                row.append(ready)
+                useless = 0
+            else:
+                skipped += self._left_out(fed.problem)
+                useless += 1
+                if useless > self._patience:
+                    kinds = " and ".join(self._recipe.kinds)
+                    why = f"the last: {fed.problem}" if fed.problem else f"the recipe is for {kinds}s"
+                    raise InvalidRequest(f"none of {useless:,} samples in turn can be used; {why}", param="data")
+            places += 1
             self._states[lane] = fed.state
+
+    def _left_out(self, problem: str) -> bool:
+        """Whether this place counts as skipped: not one that the recipe passes over."""
+        if problem and not self._recipe.skips_bad:
+            raise InvalidRequest(f"a sample cannot be used: {problem}", param="data")
+        if problem:
+            logger.warning("left out %s", problem)
+        return bool(problem)
 
     # -- lanes --------------------------------------------------------------------------------------------------------
 
@@ -196,7 +234,10 @@ class Feed:
 
     def _in_process(self, lane: int, model_path: Path) -> Iterator[Fed]:
         process = subprocess.Popen(
-            [sys.executable, "-m", "nvila.train.feed"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, "-m", "nvila.train.feed"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the trainer, which still has a step to end and a state to write
         )
         assert process.stdin is not None
         assert process.stdout is not None
@@ -234,11 +275,16 @@ class Feed:
 
 
 def _opened(request: dict[str, Any]) -> tuple[SampleSource, Checkpoint, PrepareSettings, list[MediaKind]]:
-    source = open_source(request["data"], lane=request["lane"], lanes=request["lanes"], seed=request["seed"])
+    settings = PrepareSettings(**request["prepare"] | {"frames": tuple(request["prepare"]["frames"])})
+    checkpoint = Checkpoint.open(request["model"])
+    group = checkpoint.config.temporal_group
+    reading = VideoReading(frames=-(-max(settings.frames) // group) * group, side_px=checkpoint.config.tile_px)
+    source = open_source(
+        request["data"], lane=request["lane"], lanes=request["lanes"], seed=request["seed"], reading=reading
+    )
     if request["state"] is not None:
         source.restore(request["state"])
-    settings = PrepareSettings(**request["prepare"] | {"frames": tuple(request["prepare"]["frames"])})
-    return source, Checkpoint.open(request["model"]), settings, [MediaKind(kind) for kind in request["kinds"]]
+    return source, checkpoint, settings, [MediaKind(kind) for kind in request["kinds"]]
 
 
 def _received(lane: int, process: subprocess.Popen[bytes], ready: queue.Queue[Fed | None]) -> Iterator[Fed]:

@@ -26,10 +26,11 @@ from types import FrameType
 from typing import Any
 
 import torch
+from blake3 import blake3
 
 from nvila.errors import InvalidRequest, NotFound
 from nvila.model.checkpoint import Checkpoint
-from nvila.model.layouts import LayoutStyle
+from nvila.model.layouts import LayoutStyle, Part, read_layout
 from nvila.model.save import write_json
 from nvila.train import adapters, fp8
 from nvila.train.distributed import Ranks, clip, shard
@@ -42,6 +43,8 @@ from nvila.train.recipes import Duration, Precision, Recipe, recipe_from
 from nvila.train.state import Progress, clean, newest_state, read_progress, restore_state, restore_weights, save_state
 
 logger = logging.getLogger(__name__)
+
+_FEW_STEPS = 10
 
 Report = Callable[[dict[str, Any]], None]
 """Called by the first process after every step, with the step's metrics and `done`, the share of the run."""
@@ -70,19 +73,21 @@ def train(
     """Run, or go on with, one stage. `stop_after_s`: of this call, then a state is written and the call returns.
 
     Ctrl-C and SIGTERM end the step, write a state and return. Raises `InvalidRequest` when `out` holds a run of another
-    recipe, `InvalidCheckpoint` for a model that cannot be read.
+    recipe or from another checkpoint, `InvalidCheckpoint` for a model that cannot be read.
     """
     began = time.monotonic()
     ranks = ranks or Ranks.join()
     folder = out / recipe.name
+    recipe = _begin(recipe, start, folder, ranks)
     if (folder / "model" / "config.json").exists():
         return Outcome(model=folder / "model", progress=Progress(), loss=_last_loss(folder))
-    start = _begin(recipe, start, folder, ranks)
+    start = _reshaped(recipe, start, folder, ranks)
     clean(folder / "state")
     checkpoint = Checkpoint.open(start)
     torch.manual_seed(recipe.seed)
-    model = TrainableNvila.load(checkpoint, ranks.device)
+    model = TrainableNvila.load(checkpoint)
     _prepare(model, recipe)
+    model.to(ranks.device)  # not before: what is packed into 4 bits never lies there whole
     if not recipe.optim.muon:  # which takes whole matrices
         shard(model, ranks)
     optimizer = make_optimizer(model, recipe.optim)
@@ -103,6 +108,8 @@ def train(
         ) as feed,
     ):
         run.epoch_samples = feed.samples
+        if state is None:
+            progress.skipped = len(feed.faults)
         for step in _ahead(feed):
             if run.share >= 1:
                 break
@@ -114,6 +121,11 @@ def train(
                 run.save()
                 return Outcome(model=None, progress=progress, loss=run.last_loss)
             run.save_if_due()
+    if recipe.duration.epochs and progress.step < _FEW_STEPS and ranks.is_first:
+        logger.warning(
+            "%s was over after %d steps: its data fill no more batches of %d rows of %d positions; make them smaller",
+            *(recipe.name, progress.step, recipe.batch.rows, recipe.batch.row_positions),
+        )
     run.save()
     adapters.merge(model)
     dtype = export_dtype or (torch.float32 if recipe.precision is Precision.FLOAT32 else torch.bfloat16)
@@ -167,14 +179,15 @@ class _Run:
             return self._ranks.max(self._progress.seconds) / duration.seconds
         if not self.epoch_samples:
             raise InvalidRequest("data without an end have no epochs: let the recipe last steps or seconds")
-        return self._progress.samples / (duration.epochs * self.epoch_samples * self._recipe.batch.lanes)
+        return self._progress.places / (duration.epochs * self.epoch_samples)
 
     def step(self, step: Step) -> dict[str, Any]:
         """Gradients over all rows, divided by all targets of all processes; one move; the step's metrics."""
-        targets, samples, positions, skipped = self._ranks.sum(
+        targets, samples, positions, places, skipped = self._ranks.sum(
             step.targets,
             sum(len(row) for row in step.rows),
             sum(sample.positions for row in step.rows for sample in row),
+            step.places,
             step.skipped,
         )
         rate = set_rate(self._optimizer, self._recipe.optim, self.share)
@@ -196,10 +209,12 @@ class _Run:
                 f"step {self._progress.step + 1}: loss {self.last_loss}, gradient norm {norm}; the last state is kept, "
                 "lower the learning rate"
             )
-        return self._count(step, rate, norm, targets, samples, positions, skipped)
+        self._progress.places += int(places)
+        self._progress.skipped += int(skipped)
+        return self._count(step, rate, norm, targets, samples, positions)
 
     def _count(
-        self, step: Step, rate: float, norm: float, targets: float, samples: float, positions: float, skipped: float
+        self, step: Step, rate: float, norm: float, targets: float, samples: float, positions: float
     ) -> dict[str, Any]:
         now = time.monotonic()
         took = now - self._stepped_at
@@ -209,7 +224,6 @@ class _Run:
         progress.seconds += took
         progress.samples += int(samples)
         progress.positions += int(positions)
-        progress.skipped += int(skipped)
         progress.lanes |= {str(lane): state for lane, state in step.states.items()}
         metrics = {
             "step": progress.step,
@@ -313,19 +327,50 @@ def _stopping() -> Iterator[Callable[[], bool]]:
 # -- the run's folder -------------------------------------------------------------------------------------------------
 
 
-def _begin(recipe: Recipe, start: Path, folder: Path, ranks: Ranks) -> Path:
-    """The record, written once, and the checkpoint to start from, with another head where the recipe says so."""
+def _begin(recipe: Recipe, start: Path, folder: Path, ranks: Ranks) -> Recipe:
+    """The recipe with lanes for the processes that the run began with, and its record, written once.
+
+    Raises `InvalidRequest` when the record is of another recipe or start.
+    """
     record = folder / "run.json"
+    before = json.loads(record.read_text("utf-8")) if record.exists() else {}
+    recipe = replace(recipe, batch=recipe.batch.dealt_to(before.get("processes", ranks.world)))
     described = json.loads(json.dumps(recipe.to_json()))
-    if record.exists():
-        before = json.loads(record.read_text("utf-8"))["recipe"]
-        changed = sorted(key for key in described if before.get(key) != described[key] and key not in _MAY_CHANGE)
+    weights = _told_apart(start)
+    if before:
+        had = before["recipe"]
+        changed = sorted(key for key in described if had.get(key) != described[key] and key not in _MAY_CHANGE)
         if changed:
             raise InvalidRequest(f"{folder.name} holds a run whose {', '.join(changed)} differ: name another --out")
+        if before.get("start_weights", weights) != weights:
+            raise InvalidRequest(
+                f"{folder.name} holds a run that began from {before['start']}, which had other weights than {start}: "
+                "name that one, or another --out"
+            )
     elif ranks.is_first:
         folder.mkdir(parents=True, exist_ok=True)
-        write_json(record.with_suffix(".new"), {"recipe": described, "start": str(start), **_circumstances(ranks)})
+        described = {"recipe": described, "start": str(start), "start_weights": weights, **_circumstances(ranks)}
+        write_json(record.with_suffix(".new"), described)
         record.with_suffix(".new").replace(record)
+    return recipe
+
+
+def _told_apart(start: Path) -> str:
+    """Of a checkpoint's weights, wherever it lies: the first values of every tensor, which training changes."""
+    told = blake3()
+    layout = read_layout(start)
+    for part in Part:
+        for name, tensor in layout.weights(part).tensors().items():
+            told.update(f"{part}.{name}".encode())
+            told.update(tensor.flatten()[:_VALUES].contiguous().view(torch.uint8).numpy().tobytes())
+    return told.hexdigest(16)
+
+
+_VALUES = 1024
+
+
+def _reshaped(recipe: Recipe, start: Path, folder: Path, ranks: Ranks) -> Path:
+    """The checkpoint to start from, with another head where the recipe says so."""
     if recipe.reshape is None:
         return start
     reshaped = folder / "start"

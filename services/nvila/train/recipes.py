@@ -9,6 +9,7 @@ Muon: on the first 240 steps of the tower stage (24 tiles each, two cores) its l
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from enum import StrEnum
@@ -73,7 +74,8 @@ class Batch:
     """One optimizer step: `rows` packed rows of at most `row_positions` positions and `row_tiles` tower tiles.
 
     `lanes`: streams that the data are dealt into; row k is filled from lane k mod lanes, so that the batches are the
-    same however many processes share the lanes. Each lane has its own feeding process where `nvila train` has them.
+    same however many processes share the lanes. Each lane has its own feeding process where `nvila train` has them. A
+    run keeps the lanes that it began with, which are raised to a multiple of its processes.
     """
 
     rows: int
@@ -88,6 +90,11 @@ class Batch:
     @property
     def positions(self) -> int:
         return self.rows * self.row_positions
+
+    def dealt_to(self, processes: int) -> Batch:
+        """With the fewest further lanes, and rows from them, that so many processes can share evenly."""
+        lanes = math.ceil(self.lanes / processes) * processes
+        return replace(self, rows=math.ceil(self.rows / lanes) * lanes, lanes=lanes)
 
 
 @dataclass(frozen=True, kw_only=True)

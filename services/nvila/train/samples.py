@@ -8,7 +8,8 @@ F frames · H, W rows and columns of pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import logging
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -18,6 +19,8 @@ from numpy.typing import NDArray
 from nvila.model.preprocess import resize_exact
 from nvila.types import MediaKind, MediaPart, Message, Role, TextPart
 from nvila.video.sampling import uniform_indices
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -68,6 +71,8 @@ class Sample:
     apart (`prepare.PrepareSettings`)."""
     truth_KHW: NDArray[np.uint8] | None = None
     """What each pixel of the only picture shows, for naming patches and visual tokens (data/tasks/truth.py)."""
+    where: str = ""
+    """File and line, or shard and member, for people; empty for a sample that no file holds."""
 
     @property
     def name(self) -> str:
@@ -94,14 +99,25 @@ class Sample:
         return next((media.duration_s for media in reversed(self.media) if media.kind is MediaKind.VIDEO), 0.0)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Unusable:
+    """What stands in the place of a sample that cannot be read: its file and line, and what is wrong with it."""
+
+    where: str
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.reason}"
+
+
 class SampleSource(Protocol):
     """What a training loop asks of data: samples without end, and a position that a checkpoint can hold.
 
-    `state()` counts only samples that the iterator has handed out, however many are already being decoded, and is
+    `state()` counts only places that the iterator has handed out, however many are already being decoded, and is
     plain JSON. `restore(state)` comes before iteration; what follows is exactly what would have followed then.
     """
 
-    def __iter__(self) -> Iterator[Sample]: ...
+    def __iter__(self) -> Iterator[Sample | Unusable]: ...
 
     def __len__(self) -> int:
         """Samples of one epoch on this rank."""
@@ -110,6 +126,15 @@ class SampleSource(Protocol):
     def state(self) -> dict[str, Any]: ...
 
     def restore(self, state: dict[str, Any]) -> None: ...
+
+
+def usable(source: Iterable[Sample | Unusable]) -> Iterator[Sample]:
+    """The samples alone; what cannot be read is logged."""
+    for sample in source:
+        if isinstance(sample, Unusable):
+            logger.warning("left out %s", sample)
+        else:
+            yield sample
 
 
 def text_of(message: Message) -> str:

@@ -25,12 +25,14 @@ WEIGHTS, MOMENTS, CHANCE = "weights", "moments", "chance"
 
 @dataclass
 class Progress:
-    """How far a run is. `lanes`: of each lane, its source's position; keys are lane numbers."""
+    """How far a run is. `places`: of the data, also those whose samples were left out. `lanes`: of each lane, its
+    source's position; keys are lane numbers."""
 
     step: int = 0
     seconds: float = 0.0
     samples: int = 0
     positions: int = 0
+    places: int = 0
     skipped: int = 0
     lanes: dict[str, dict[str, Any]] = field(default_factory=dict)
 

@@ -15,13 +15,13 @@ from nvila.errors import InvalidRequest, NotFound, NvilaError
 from nvila.train.data.clips import write_h264
 from nvila.train.data.media import VideoReading, open_media
 from nvila.train.data.records import Record, read_record, write_record
-from nvila.train.data.shards import parse, png
-from nvila.train.samples import Sample
+from nvila.train.data.shards import TOO_DEEP, parse, png
+from nvila.train.samples import Sample, Unusable
 from nvila.types import MediaKind
 
 
 class ListingSource:
-    """Samples of one JSON or JSONL file. `faults`: (line, what is wrong) of records that cannot be used."""
+    """Samples of one JSON or JSONL file. `faults`: records that cannot be used."""
 
     def __init__(self, name: str, path: Path, media_folder: Path, reading: VideoReading) -> None:
         """Raises `NotFound` for a file that is not there."""
@@ -30,17 +30,15 @@ class ListingSource:
         self.name = name
         self._path, self._media_folder, self._reading = path, media_folder, reading
         self._records: list[tuple[int, Record]] = []
-        self.faults: list[tuple[int, str]] = []
+        self.faults: list[Unusable] = []
         for line, raw in _entries(path):
             try:
                 if isinstance(raw, NvilaError):
                     raise raw
                 record = read_record(raw)
                 self._check_files(record)
-            except InvalidRequest as error:
-                self.faults.append((line, error.message))
-            except NotFound as error:
-                self.faults.append((line, error.message))
+            except (InvalidRequest, NotFound) as error:
+                self.faults.append(Unusable(where=self._at(line), reason=error.message))
             else:
                 self._records.append((line, record))
 
@@ -48,7 +46,10 @@ class ListingSource:
         return len(self._records)
 
     def where(self, index: int) -> str:
-        return f"{self._path.name}:{self._records[index][0]}"
+        return self._at(self._records[index][0])
+
+    def _at(self, line: int) -> str:
+        return f"{self._path.name}:{line}"
 
     def load(self, index: int) -> Sample:
         _, record = self._records[index]
@@ -63,12 +64,15 @@ class ListingSource:
             answers=record.answers,
             choices=record.choices,
             notes=record.notes,
+            where=self.where(index),
         )
 
     def _check_files(self, record: Record) -> None:
         for item in record.media:
-            if not (self._media_folder / item.name).exists():
-                raise NotFound(f"there is no {item.kind} {item.name!r}")
+            try:
+                (self._media_folder / item.name).stat()
+            except (OSError, ValueError):  # also a name that no file can have
+                raise NotFound(f"there is no {item.kind} {item.name!r}") from None
 
 
 def write_listing(path: Path, samples: Sequence[Sample] | Iterator[Sample], *, media_folder: str) -> int:
@@ -119,6 +123,9 @@ def _list_entries(text: str) -> Iterator[tuple[int, Any]]:
             raw, end = decoder.raw_decode(text, at)
         except json.JSONDecodeError as error:
             yield error.lineno, InvalidRequest(f"wrong JSON: {error.msg}; nothing after it could be read")
+            return
+        except RecursionError:
+            yield line, InvalidRequest(f"wrong JSON: {TOO_DEEP}; nothing after it could be read")
             return
         yield line, raw
         at = _skip(text, end, " \t\r\n")

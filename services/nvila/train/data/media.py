@@ -6,22 +6,33 @@ Unlike in serving, files are decoded in the process itself: whoever trains chose
 from __future__ import annotations
 
 import io
+import struct
+import tempfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from nvila.errors import InvalidMedia, NotFound, Unavailable
+from nvila.model.preprocess import resize_exact
 from nvila.train.data import clips
 from nvila.train.samples import SampleMedia
 from nvila.types import MediaKind
 from nvila.video.media import DecodeLimits
 from nvila.video.sampling import uniform_indices
 
+if TYPE_CHECKING:
+    from nvila.video.decode import VideoReader
+
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF")
-_BROKEN = (OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, ArithmeticError)
+_BROKEN = (
+    *(OSError, ValueError, SyntaxError, TypeError, LookupError, EOFError, ArithmeticError),
+    *(struct.error, zlib.error, Image.DecompressionBombError),
+)
 _MOST_PIXELS = 64 << 20
 
 
@@ -40,6 +51,17 @@ def image_of(encoded: bytes) -> SampleMedia:
     return SampleMedia(kind=MediaKind.IMAGE, frames_FHWC=_rgb(encoded)[None])
 
 
+def video_of(encoded: bytes, reading: VideoReading) -> SampleMedia:
+    """A video file's content, as a shard holds it."""
+    with (
+        tempfile.NamedTemporaryFile() as file
+    ):  # removed as soon as it is open: a process that is killed leaves nothing
+        file.write(encoded)
+        file.flush()
+        reader = _reader(Path(file.name))
+    return _video(reader, reading)
+
+
 def open_media(kind: MediaKind, path: Path, reading: VideoReading) -> SampleMedia:
     """Raises `NotFound`, or `InvalidMedia` and its kin."""
     if kind is MediaKind.VIDEO and path.is_dir():
@@ -50,7 +72,7 @@ def open_media(kind: MediaKind, path: Path, reading: VideoReading) -> SampleMedi
         return image_of(path.read_bytes())
     if path.name.endswith(clips.ENDING):
         return clips.unpack(path.read_bytes())
-    return _video(path, reading)
+    return _video(_reader(path), reading)
 
 
 def _rgb(encoded: bytes) -> NDArray[np.uint8]:
@@ -69,21 +91,29 @@ def _folder(path: Path, reading: VideoReading) -> SampleMedia:
     if not files:
         raise InvalidMedia(f"the folder {path.name!r} holds no frames")
     chosen = uniform_indices(len(files), min(reading.frames, len(files)))
-    frames = [_rgb(files[i].read_bytes()) for i in chosen]
-    if len({frame.shape for frame in frames}) > 1:
-        raise InvalidMedia(f"the frames of {path.name!r} differ in size")
+    frames, shapes = [], set()
+    for i in chosen:
+        rgb_HWC = _rgb(files[i].read_bytes())
+        shapes.add(rgb_HWC.shape)
+        if len(shapes) > 1:
+            raise InvalidMedia(f"the frames of {path.name!r} differ in size")
+        side = reading.side_px
+        frames.append(resize_exact(rgb_HWC, side, side) if side else rgb_HWC)
     times_s = tuple(float(i) for i in chosen)
     return SampleMedia(
         kind=MediaKind.VIDEO, frames_FHWC=np.stack(frames), times_s=times_s, duration_s=float(len(files))
     )
 
 
-def _video(path: Path, reading: VideoReading) -> SampleMedia:
+def _reader(path: Path) -> VideoReader:
     try:
         from nvila.video.decode import VideoReader
     except ImportError:
         raise Unavailable("reading video files needs PyAV: pip install av") from None
-    reader = VideoReader(path, DecodeLimits())
+    return VideoReader(path, DecodeLimits())
+
+
+def _video(reader: VideoReader, reading: VideoReading) -> SampleMedia:
     try:
         info = reader.info()
         chosen = sorted(set(uniform_indices(info.frames, reading.frames)))

@@ -18,7 +18,7 @@ from nvila.errors import InvalidRequest, NotFound
 from nvila.train.data.listing import ListingSource
 from nvila.train.data.media import VideoReading
 from nvila.train.data.shards import ShardSource
-from nvila.train.samples import Sample
+from nvila.train.samples import Sample, Unusable
 
 _PART = re.compile(r"(?P<name>[^*@+]+)(?:@(?P<without>[^*@+]+))?(?:\*(?P<times>\d+))?")
 
@@ -49,10 +49,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Mixture:
-    """`faults`: (where, what is wrong) of records that were left out when the files were opened."""
+    """`faults`: records that were left out when the files were opened."""
 
     parts: tuple[Part, ...]
-    faults: tuple[tuple[str, str], ...]
+    faults: tuple[Unusable, ...]
 
     def __len__(self) -> int:
         """Samples of one epoch."""
@@ -79,7 +79,8 @@ def open_mixture(
 
     Raises `InvalidRequest` (syntax, empty set, bad records when strict) or `NotFound`.
     """
-    parts, faults = [], []
+    parts: list[Part] = []
+    faults: list[Unusable] = []
     for piece in text.split("+"):
         match = _PART.fullmatch(piece.strip())
         if match is None:
@@ -88,16 +89,16 @@ def open_mixture(
             )
         name, times = match["name"].strip(), int(match["times"] or 1)
         source = open_source(name, folder, split=split, reading=reading)
-        faults += [(f"{name}:{line}", reason) for line, reason in getattr(source, "faults", ())]
+        faults += getattr(source, "faults", ())
         indices = tuple(range(len(source)))
         if match["without"]:
             left_out = _indices(folder / match["without"].strip(), len(source))
             indices = tuple(i for i in indices if i not in left_out)
         if not indices or times < 1:
-            raise InvalidRequest(f"{piece.strip()!r} has no samples" + _some(faults))
+            raise InvalidRequest(f"{piece.strip()!r} has no samples" + some(faults))
         parts.append(Part(source, indices, times))
     if is_strict and faults:
-        raise InvalidRequest(f"{len(faults)} records cannot be used" + _some(faults))
+        raise InvalidRequest(f"{len(faults)} records cannot be used" + some(faults))
     return Mixture(tuple(parts), tuple(faults))
 
 
@@ -108,7 +109,7 @@ def open_source(name: str, folder: Path, *, split: str = "train", reading: Video
     for pattern in (f"{path.name}-{split}-*.tar", f"{path.name}-[0-9]*.tar", f"{path.name}.tar", path.name):
         shards = sorted(shard for shard in path.parent.glob(pattern) if shard.suffix == ".tar")
         if shards:
-            return ShardSource(path.name, shards)
+            return ShardSource(path.name, shards, reading)
     for file in (path, path.with_name(f"{path.name}.json"), path.with_name(f"{path.name}.jsonl")):
         if file.is_file():
             return ListingSource(path.name, file, file.parent, reading)
@@ -129,6 +130,7 @@ def _indices(path: Path, count: int) -> set[int]:
     return set(indices)
 
 
-def _some(faults: Sequence[tuple[str, str]], most: int = 5) -> str:
-    lines = [f"\n  {where}: {reason}" for where, reason in faults[:most]]
+def some(faults: Sequence[Unusable], most: int = 20) -> str:
+    """The first of them, a line each."""
+    lines = [f"\n  {fault}" for fault in faults[:most]]
     return "".join(lines) + (f"\n  and {len(faults) - most} more" if len(faults) > most else "")

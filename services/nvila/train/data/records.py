@@ -27,6 +27,8 @@ _PLACEHOLDER = re.compile(
     r"<(?:vila/\w+|image[-_ ]?\w*|video[-_ ]?\w*|audio|speech|sound|depth|mask|region|point_?cloud)>"
 )
 """What stands for media in data sets of this kind; those not in `MARKS` stand for something that is not read here."""
+_HALF_PAIR = re.compile("[\ud800-\udfff]")
+"""JSON can spell it; no tokenizer takes it."""
 
 KEYS = {"image": MediaKind.IMAGE, "images": MediaKind.IMAGE, "video": MediaKind.VIDEO, "videos": MediaKind.VIDEO}
 
@@ -63,10 +65,8 @@ def read_record(raw: Any) -> Record:
     messages = tuple(_message(turn) for turn in turns)
     _check_turns(messages)
     _check_marks(messages, media)
-    extra = raw.get("nvila", {})
-    if not isinstance(extra, dict):
-        raise InvalidRequest(f"`nvila` must be an object, not {type(extra).__name__}")
-    answers = tuple(map(str, extra.get("answers", ())))
+    extra = _object(raw, "nvila")
+    answers = _texts(extra, "answers")
     if not answers and messages[-1].role is Role.ASSISTANT:
         answers = (text_of(messages[-1]),)
     return Record(
@@ -75,8 +75,8 @@ def read_record(raw: Any) -> Record:
         task=str(extra.get("task", "")),
         metric=str(extra.get("metric", "exact")),
         answers=answers,
-        choices=tuple(map(str, extra.get("choices", ()))),
-        notes=dict(extra.get("notes", {})),
+        choices=_texts(extra, "choices"),
+        notes=_object(extra, "notes"),
     )
 
 
@@ -104,6 +104,20 @@ def write_record(sample: Sample, names: Sequence[str]) -> dict[str, Any]:
     return record
 
 
+def _object(raw: dict[str, Any], key: str) -> dict[str, Any]:
+    value = raw.get(key, {})
+    if not isinstance(value, dict):
+        raise InvalidRequest(f"`{key}` must be an object, not {type(value).__name__}")
+    return value
+
+
+def _texts(raw: dict[str, Any], key: str) -> tuple[str, ...]:
+    value = raw.get(key, [])
+    if not isinstance(value, list):
+        raise InvalidRequest(f"`{key}` must be a list, not {type(value).__name__}")
+    return tuple(map(str, value))
+
+
 def _media(raw: dict[str, Any]) -> list[MediaName]:
     found = []
     for key, kind in KEYS.items():
@@ -112,7 +126,7 @@ def _media(raw: dict[str, Any]) -> list[MediaName]:
             continue
         names = value if isinstance(value, list) else [value]
         if not all(isinstance(name, str) and name for name in names):
-            raise InvalidRequest(f"`{key}` must be a file's name or a list of them, not {str(value)[:60]!r}")
+            raise InvalidRequest(f"`{key}` must be a file's name or a list of them, not {type(value).__name__}")
         found += [MediaName(kind, name) for name in names]
     return found
 
@@ -121,8 +135,10 @@ def _message(turn: Any) -> Message:
     if not isinstance(turn, dict) or not isinstance(turn.get("value"), str):
         raise InvalidRequest("a message is an object with `from` and a text `value`")
     sender = turn.get("from")
-    if sender not in ROLES:
+    if not isinstance(sender, str) or sender not in ROLES:
         raise InvalidRequest(f"a message is from {sender!r}; known: {', '.join(ROLES)}")
+    if _HALF_PAIR.search(turn["value"]):
+        raise InvalidRequest("a message holds half of a surrogate pair, which is no character")
     return Message(ROLES[sender], (TextPart(turn["value"]),))
 
 

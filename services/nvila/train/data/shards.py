@@ -1,7 +1,7 @@
 """Tar shards in WebDataset's layout, by the standard library: members of a sample share the name up to the first dot.
 
 `12.json` is the conversation record (`records.py`), `12.0.png` and `12.1.png` its pictures, `12.0.clip.npz` its clip
-(`clips.py`). Shards of others may hold `.jpg`, `.txt` captions and so on as WebDataset has them; what is read
+(`clips.py`). Shards of others may hold `.jpg`, `.mp4`, `.txt` captions and so on as WebDataset has them; what is read
 is the record and the members it names. Members are read in place, in any order, so a stream can be shuffled as a whole.
 """
 
@@ -20,12 +20,16 @@ from PIL import Image
 
 from nvila.errors import InvalidMedia, InvalidRequest
 from nvila.train.data import clips
-from nvila.train.data.media import image_of
+from nvila.train.data.media import VideoReading, image_of, video_of
 from nvila.train.data.records import MediaName, read_record, write_record
 from nvila.train.samples import Sample, SampleMedia
 from nvila.types import MediaKind
 
-_MEDIA_ENDINGS = ("png", "jpg", "jpeg", "webp", "clip.npz")
+_MEDIA_ENDINGS = {
+    MediaKind.IMAGE: ("png", "jpg", "jpeg", "webp", "gif", "bmp", "tif", "tiff"),
+    MediaKind.VIDEO: (clips.ENDING, "mp4", "mov", "m4v", "mkv", "webm", "avi", "ts", "mpg", "mpeg", "flv", "gif"),
+}
+TOO_DEEP = "lists and objects are nested too deeply"
 
 
 def write_shard(path: Path, samples: Iterable[Sample]) -> int:
@@ -69,9 +73,10 @@ def png(pixels_HWC: np.ndarray[Any, np.dtype[np.uint8]]) -> bytes:
 class ShardSource:
     """Samples of one or more shards. Only the members' places are kept in memory."""
 
-    def __init__(self, name: str, paths: Iterable[Path]) -> None:
+    def __init__(self, name: str, paths: Iterable[Path], reading: VideoReading) -> None:
         """Raises `InvalidRequest` for a file that is no tar archive."""
         self.name = name
+        self._reading = reading
         self._samples: list[tuple[Path, str, dict[str, tuple[int, int]]]] = []
         for path in paths:
             self._samples += [(path, key, members) for key, members in _index(path).items()]
@@ -92,7 +97,7 @@ class ShardSource:
                 raise InvalidRequest("the sample has no .json record")
             raw = parse(_read(file, members["json"]))
         record = read_record(raw)
-        media = tuple(_decoded(item, read) for item in record.media)
+        media = tuple(_decoded(item, read, self._reading) for item in record.media)
         return Sample(
             source=self.name,
             index=index,
@@ -103,6 +108,7 @@ class ShardSource:
             answers=record.answers,
             choices=record.choices,
             notes=record.notes,
+            where=self.where(index),
         )
 
 
@@ -114,6 +120,8 @@ def parse(text: bytes | str) -> Any:
         raise InvalidRequest("the record is no UTF-8 text") from None
     except json.JSONDecodeError as error:
         raise InvalidRequest(f"wrong JSON: {error.msg} (line {error.lineno}, column {error.colno})") from None
+    except RecursionError:
+        raise InvalidRequest(f"wrong JSON: {TOO_DEEP}") from None
 
 
 def _index(path: Path) -> dict[str, dict[str, tuple[int, int]]]:
@@ -145,15 +153,17 @@ def _read(file: io.BufferedReader, place: tuple[int, int]) -> bytes:
     return data
 
 
-def _decoded(item: MediaName, members: dict[str, bytes]) -> SampleMedia:
+def _decoded(item: MediaName, members: dict[str, bytes], reading: VideoReading) -> SampleMedia:
     """The member that a record names: by its ending, by its whole name, or the only one there is."""
     ending = item.name.lower()
     if ending not in members:
         ending = ending.rpartition("/")[2].partition(".")[2]
     if ending not in members:
-        there = [name for name in members if name.endswith(_MEDIA_ENDINGS)]
+        there = [name for name in members if name.endswith(_MEDIA_ENDINGS[item.kind])]
         if len(there) != 1:
             raise InvalidMedia(f"the shard has no member {item.name!r} of this sample")
         ending = there[0]
     data = members[ending]
-    return clips.unpack(data) if ending.endswith(clips.ENDING) else image_of(data)
+    if ending.endswith(clips.ENDING):
+        return clips.unpack(data)
+    return image_of(data) if item.kind is MediaKind.IMAGE else video_of(data, reading)

@@ -2,13 +2,13 @@
 
 The order is a permutation of the whole mixture per epoch, from the seed alone. Rank r of R takes every R-th place. The
 position is one number that all ranks share, so a run may go on with another number of ranks. Samples are decoded a
-little ahead by threads (Pillow and zlib let go of the interpreter's lock) and handed out in order.
+little ahead by threads (Pillow and zlib let go of the interpreter's lock) and handed out in order, one for each place:
+what cannot be read is an `Unusable`, and whoever trains counts or refuses it.
 """
 
 from __future__ import annotations
 
-import logging
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -16,19 +16,29 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nvila.errors import InvalidRequest, NotFound, NvilaError
-from nvila.train.data.mixture import Mixture
-from nvila.train.samples import Sample
+from nvila.errors import InvalidRequest, NotFound, Unavailable
+from nvila.train.data.mixture import Mixture, Source
+from nvila.train.samples import Sample, Unusable
 
-log = logging.getLogger("nvila.train.data")
 
-_MOST_SAID = 20
+def read(source: Source, index: int) -> Sample | Unusable:
+    """One sample. Raises only `Unavailable`: for a decoder that is not installed, which no other sample has either."""
+    try:
+        return source.load(index)
+    except Unavailable:
+        raise
+    except (InvalidRequest, NotFound) as error:
+        reason = error.message
+    except OSError as error:  # the disk or network file system, not the data: the same sample may be well later
+        reason = f"cannot be read: {error.strerror}"
+    except Exception as error:  # what a decoder makes of hostile bytes must not end a run after hours
+        reason = f"{type(error).__name__}: {error}"
+    return Unusable(where=source.where(index), reason=reason)
 
 
 class SampleStream:
-    """Implements `SampleSource`. `bad`: how many samples of each data set were left out since the start.
+    """Implements `SampleSource`.
 
-    `is_strict`: a sample that cannot be read ends the run with `InvalidRequest` instead of being counted and left out.
     `limit`: stop after so many places of this rank; None never stops. `is_shuffled` False keeps the files' order.
     """
 
@@ -39,16 +49,14 @@ class SampleStream:
         seed: int = 0,
         rank: int = 0,
         ranks: int = 1,
-        is_strict: bool = False,
         is_shuffled: bool = True,
         limit: int | None = None,
         threads: int = 4,
     ) -> None:
         assert 0 <= rank < ranks, (rank, ranks)
         self.mixture = mixture
-        self.bad: Counter[str] = Counter()
         self._seed, self._rank, self._ranks = seed, rank, ranks
-        self._is_strict, self._is_shuffled = is_strict, is_shuffled
+        self._is_shuffled = is_shuffled
         self._limit, self._threads = limit, threads
         self._position = 0
         self._order: tuple[int, NDArray[np.int64]] | None = None
@@ -62,12 +70,7 @@ class SampleStream:
         return self._position / len(self.mixture)
 
     def state(self) -> dict[str, Any]:
-        return {
-            "position": self._position,
-            "seed": self._seed,
-            "samples": len(self.mixture),
-            "bad": dict(self.bad),
-        }
+        return {"position": self._position, "seed": self._seed, "samples": len(self.mixture)}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Raises `InvalidRequest` when the state is of another mixture or seed: the order would be another."""
@@ -75,10 +78,9 @@ class SampleStream:
             if state[name] != here:
                 raise InvalidRequest(f"the saved position is of data with {name} {state[name]}; here it is {here}")
         self._position = int(state["position"])
-        self.bad = Counter(state.get("bad", {}))
 
-    def __iter__(self) -> Iterator[Sample]:
-        ahead: deque[tuple[int, Future[Sample | None]]] = deque()
+    def __iter__(self) -> Iterator[Sample | Unusable]:
+        ahead: deque[tuple[int, Future[Sample | Unusable]]] = deque()
         place, end = self._position, self._end()
         with ThreadPoolExecutor(self._threads, "nvila-data") as pool:
             try:
@@ -91,8 +93,7 @@ class SampleStream:
                     taken, future = ahead.popleft()
                     sample = future.result()
                     self._position = taken + self._ranks
-                    if sample is not None:
-                        yield sample
+                    yield sample
             finally:
                 for _, future in ahead:
                     future.cancel()
@@ -100,23 +101,9 @@ class SampleStream:
     def _end(self) -> int | None:
         return None if self._limit is None else self._limit * self._ranks
 
-    def _load(self, place: int) -> Sample | None:
+    def _load(self, place: int) -> Sample | Unusable:
         epoch, within = divmod(place + self._rank, len(self.mixture))
-        source, index = self.mixture.locate(int(self._permutation(epoch)[within]))
-        try:
-            return source.load(index)
-        except (InvalidRequest, NotFound) as error:
-            self._left_out(source.name, source.where(index), error)
-        except OSError as error:  # the disk or network file system, not the data: the same sample may be well later
-            self._left_out(source.name, source.where(index), NvilaError(f"cannot be read: {error.strerror}"))
-        return None
-
-    def _left_out(self, name: str, where: str, error: NvilaError) -> None:
-        if self._is_strict:
-            raise InvalidRequest(f"{where}: {error.message}") from None
-        self.bad[name] += 1
-        if self.bad[name] <= _MOST_SAID:
-            log.warning("sample left out: %s: %s", where, error.message)
+        return read(*self.mixture.locate(int(self._permutation(epoch)[within])))
 
     def _permutation(self, epoch: int) -> NDArray[np.int64]:
         """Of one epoch; the last one asked for is kept. Threads may compute it twice, never wrongly."""
