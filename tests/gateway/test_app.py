@@ -14,6 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
+
+from nvila.errors import LimitExceeded
+from nvila.gateway.app import decode_limits
+from nvila.gateway.settings import GatewaySettings
+from nvila.video.probe import check_file
 
 PREFIX = f"nvila-test-{os.getpid()}"
 
@@ -137,3 +143,12 @@ async def test_a_malformed_setting_ends_the_process_with_its_name(tmp_path: Path
     assert process.returncode == 1
     assert b"NVILA_GATEWAY_MAX_FRAMES" in log
     assert b"Traceback" not in log
+
+
+def test_footage_of_a_recording_may_be_larger_than_what_clients_may_send(tmp_path: Path) -> None:
+    footage = tmp_path / "footage"
+    footage.write_bytes(bytes(10))
+    keeping = GatewaySettings(auth="none", max_media_bytes=5)
+    assert check_file(footage, decode_limits(keeping)).st_size == 10
+    with pytest.raises(LimitExceeded):
+        check_file(footage, decode_limits(keeping.model_copy(update={"recordings": False})))

@@ -10,6 +10,7 @@ from typing import Any
 
 from nvila.cache.codec import Record, RecordFormat
 from nvila.model.config import NvilaConfig
+from nvila.recordings import encode
 from nvila.recordings.asking import Caller
 from nvila.recordings.jobs import Claim, ClaimTransaction, JobStore
 from nvila.recordings.planner import Budget
@@ -30,7 +31,6 @@ from nvila.types import (
     AnswerEvent,
     Coverage,
     Deadline,
-    EncodeSettings,
     FinishReason,
     Gap,
     Level,
@@ -211,7 +211,7 @@ class NoTokens:
         raise AssertionError("not asked")
 
     async def encode_again(
-        self, recording: Recording, group: Group, settings: EncodeSettings, deadline: Deadline
+        self, recording: Recording, group: Group, model: encode.Model, deadline: Deadline
     ) -> VisualTokens:
         raise AssertionError("not asked")
 

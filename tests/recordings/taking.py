@@ -12,7 +12,7 @@ import av
 import numpy as np
 from blake3 import blake3
 
-from nvila.cache.codec import RecordFormat
+from nvila.cache.codec import RecordFormat, quantize
 from nvila.cache.store import Lease
 from nvila.capacity.models import nvila_8b_video
 from nvila.errors import NvilaError, Unavailable
@@ -50,9 +50,15 @@ CARD = ModelCard(
 )
 
 
+NEW_CARD = replace(CARD, vision_revision="vision-2")
+
+
+@dataclass
 class Models:
+    card: ModelCard = CARD
+
     async def describe(self) -> ModelCard:
-        return CARD
+        return self.card
 
 
 class Hot:
@@ -74,11 +80,12 @@ class Hot:
 
 
 class Vision:
-    """Tokens made of the frames' mean colour. `failures` are raised first, one a call; `gate` holds calls back, and
-    while it `is_away` there are no answers."""
+    """Tokens made of the frames' mean colour, for callers that count on its weights. `failures` are raised first, one a
+    call; `gate` holds calls back, and while it `is_away` there are no answers."""
 
-    def __init__(self, hot: Hot, failures: Iterable[NvilaError] = ()) -> None:
+    def __init__(self, hot: Hot, failures: Iterable[NvilaError] = (), *, revision: str = CARD.vision_revision) -> None:
         self._hot = hot
+        self.revision = revision
         self.failures = list(failures)
         self.is_away = False
         self.frames = 0
@@ -100,16 +107,19 @@ class Vision:
                 raise Unavailable("the vision service is not ready")
             if self.failures:
                 raise self.failures.pop(0)
+            if settings.vision_revision != self.revision:
+                raise Unavailable("the services are not of one deployment")
         finally:
             self._at_once -= 1
         self.frames += len(chunk.times_s)
         colour = chunk.frames_FHWC.mean(axis=(0, 1, 2)).astype(np.float32)
         values_TD = np.tile(np.resize(colour, CONFIG.llm_width), (ref.tokens, 1))
+        stored_TD, scales_T = quantize(values_TD, settings.token_dtype)
         tokens = VisualTokens(
             ref=ref,
             dtype=settings.token_dtype,
-            values_TD=values_TD,
-            scales_T=None,
+            values_TD=stored_TD,
+            scales_T=scales_T,
             vision_revision=settings.vision_revision,
         )
         if not self._hot.is_down:
@@ -160,6 +170,7 @@ class Taking:
     uploads: Uploads
     live: Told
     metrics: Metrics
+    models: Models = field(default_factory=Models)
     clock: Iterator[float] | None = None
     limits: IngestLimits = field(default_factory=IngestLimits)
     recovery_s: float = 0.5
@@ -173,7 +184,7 @@ class Taking:
             live=self.live,
             frames=self.frames,
             encoder=GroupEncoder(self.cold, self.hot, self.vision, recovery_s=self.recovery_s),
-            models=Models(),
+            models=self.models,
             metrics=self.metrics,
             limits=self.limits,
             **more,  # type: ignore[arg-type]  # a clock or none

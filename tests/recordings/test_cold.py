@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from nvila.cache.codec import Record, RecordFormat, pack
 from nvila.errors import NotFound, Unavailable
@@ -120,6 +122,42 @@ async def test_a_kept_segment_outlives_its_original(store: ColdStore, tmp_path: 
     with pytest.raises(NotFound):
         async with store.open(name):
             pass
+
+
+class Counted(MemoryFileSystem):  # type: ignore[misc]  # fsspec has no types
+    """An object store that counts what is fetched of it."""
+
+    protocol = "counted"
+    fetched = 0
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return "/" + path.removeprefix("counted://").strip("/")
+
+    def get_file(self, *arguments: object, **options: object) -> None:
+        type(self).fetched += 1
+        super().get_file(*arguments, **options)
+
+
+async def test_a_segment_of_an_object_store_is_fetched_once_for_all_who_ask_for_it(tmp_path: Path) -> None:
+    fsspec.register_implementation("counted", Counted, clobber=True)
+    store, original = ColdStore(f"counted://cold-{secrets.token_hex(4)}"), tmp_path / "upload"
+    original.write_bytes(b"a video")
+    name = await store.keep(original, "rec_1", "0.mp4")
+
+    async def look() -> bytes:
+        async with store.open(name) as path:
+            await asyncio.sleep(0)
+            return path.read_bytes()
+
+    assert await asyncio.gather(*(look() for _ in range(4))) == [b"a video"] * 4
+    assert await look() == b"a video"
+    assert Counted.fetched == 1
+    async with store.open(name) as path:
+        await store.forget_segment(name)
+        assert path.read_bytes() == b"a video", "who has it open keeps it"
+    with pytest.raises(NotFound):
+        await look()
 
 
 async def test_a_segment_on_the_same_disk_is_not_copied(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import io
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +12,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from nvila.errors import InvalidMedia, InvalidRequest, Unavailable
+from nvila.errors import InvalidMedia, InvalidRequest, NotFound, Unavailable
 from nvila.recordings.cold import ColdStore
 from nvila.recordings.encode import GroupEncoder, LostTokens, Model
 from nvila.recordings.ingest import DeleteHandler
@@ -22,7 +22,7 @@ from nvila.recordings.types import ChunkPolicy, JobKind, RecordedChunk, Recordin
 from nvila.telemetry.metrics import Metrics
 from nvila.types import Deadline
 from nvila.video.pool import DecodePool
-from tests.recordings.taking import CARD, Hot, Models, Taking, Told, Uploads, Vision, write_clip
+from tests.recordings.taking import CARD, Hot, Taking, Told, Uploads, Vision, write_clip
 from tests.video.conftest import decode_pool
 
 _MOVING = ChunkPolicy(fps=1.0, chunk_s=16.0)
@@ -246,20 +246,20 @@ async def test_lost_tokens_are_made_again_from_the_footage(taking: Taking, tmp_p
     await taking.cold.drop(list(taking.hot.records))
     taking.hot.records.clear()
     encoder = GroupEncoder(taking.cold, taking.hot, taking.vision, recovery_s=1.0)
-    lost = LostTokens(taking.shelf, taking.cold, taking.frames, encoder, Models())
-    again = await lost.encode_again(recording, group, Model.of(CARD).settings, Deadline.after(30))
+    lost = LostTokens(taking.shelf, taking.cold, taking.frames, encoder)
+    again = await lost.encode_again(recording, group, Model.of(CARD), Deadline.after(30))
     np.testing.assert_array_equal(again.values_TD, before.values_TD)
     assert await taking.cold.has(group.ref.key), "and are kept again"
 
 
-async def test_tokens_whose_footage_is_gone_are_unavailable(taking: Taking, tmp_path: Path) -> None:
+async def test_tokens_whose_footage_is_gone_are_not_found(taking: Taking, tmp_path: Path) -> None:
     recording = await taking.take_in(write_clip(tmp_path / "a.mp4", 16.0), _MOVING)
     group = (await all_of(taking, recording))[0].groups[1]
     await taking.cold.forget_segments(recording.id)
     encoder = GroupEncoder(taking.cold, taking.hot, taking.vision, recovery_s=1.0)
-    lost = LostTokens(taking.shelf, taking.cold, taking.frames, encoder, Models())
-    with pytest.raises(Unavailable, match="lost"):
-        await lost.encode_again(recording, group, Model.of(CARD).settings, Deadline.after(30))
+    lost = LostTokens(taking.shelf, taking.cold, taking.frames, encoder)
+    with pytest.raises(NotFound, match=r"of 8 to 15 s .* are lost, and the footage .* is not kept any more"):
+        await lost.encode_again(recording, group, Model.of(CARD), Deadline.after(30))
 
 
 async def test_deleting_leaves_what_another_recording_stands_on(taking: Taking, tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ async def test_deleting_leaves_what_another_recording_stands_on(taking: Taking, 
     await taking.jobs.delete_recording(goner.id, tenant="acme")
     claim = await taking.claim(JobKind.DELETE)
     removed: list[str] = []
-    result = await DeleteHandler(taking.shelf, taking.cold, removed.append)(claim)
+    result = await DeleteHandler(taking.cold, removed.append)(claim)
     await claim.finish(result)
     assert gone
     assert [await taking.cold.has(key) for key in sorted(kept)] == [True] * len(kept)
@@ -280,6 +280,47 @@ async def test_deleting_leaves_what_another_recording_stands_on(taking: Taking, 
     assert removed == [goner.id]
     assert await taking.shelf.count_chunks(goner.id) == 0
     assert not (tmp_path / "cold" / "segments" / goner.id).exists()
+
+
+def records_in(folder: Path) -> set[str]:
+    return {path.name for path in (folder / "cold" / "tokens").rglob("*") if path.is_file()}
+
+
+async def test_a_deletion_in_the_middle_of_an_ingest_leaves_no_tokens(taking: Taking, tmp_path: Path) -> None:
+    recording_id = await taking.submit(write_clip(tmp_path / "a.mp4", 64.0), ChunkPolicy(fps=1.0, chunk_s=64.0))
+    claim = await taking.claim()
+    work = asyncio.ensure_future(taking.handler()(claim))
+    async with asyncio.timeout(30):
+        while not records_in(tmp_path):
+            await asyncio.sleep(0.005)
+    work.cancel()
+    await asyncio.wait({work})
+    assert await taking.shelf.count_chunks(recording_id) == 0, "what is kept already is of no chunk yet"
+    await taking.jobs.delete_recording(recording_id, tenant="acme")
+    await claim.cancelled()
+    await DeleteHandler(taking.cold, lambda recording_id: None)(await taking.claim(JobKind.DELETE))
+    assert records_in(tmp_path) == set()
+
+
+async def test_what_is_taken_in_while_its_like_is_deleted_keeps_its_tokens(taking: Taking, tmp_path: Path) -> None:
+    clip = write_clip(tmp_path / "a.mp4", 16.0)
+    goner = await taking.take_in(clip, _MOVING)
+    taking.hot.records.clear()
+    await taking.jobs.delete_recording(goner.id, tenant="acme")
+    removal = await taking.claim(JobKind.DELETE)
+    begun: list[asyncio.Future[Recording]] = []
+
+    class Slow(ColdStore):
+        async def drop(self, keys: Iterable[str]) -> int:
+            begun.append(asyncio.ensure_future(taking.take_in(clip, _MOVING)))
+            await asyncio.sleep(1.0)
+            return await super().drop(keys)
+
+    await DeleteHandler(Slow(str(tmp_path / "cold")), lambda recording_id: None)(removal)
+    (again,) = begun
+    kept = {group.ref.key for chunk in await all_of(taking, await again) for group in chunk.groups if group.ref}
+    assert kept
+    assert records_in(tmp_path) == kept
 
 
 @pytest.mark.slow

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 
 import pytest
 
 from nvila.errors import Conflict, InvalidRequest, LimitExceeded, NotFound, Overloaded, Unavailable
 from nvila.recordings import schema
 from nvila.recordings.database import Database
-from nvila.recordings.jobs import JobStore, NewJob
+from nvila.recordings.jobs import Claim, JobStore, NewJob
 from nvila.recordings.store import Quota, RecordingStore
 from nvila.recordings.types import JobKind, JobState, RecordingState, SourceKind
 from tests.recordings import made
@@ -415,10 +416,10 @@ async def test_a_deleted_recording_is_gone_at_once_and_drains_behind(
     await writer.cancelled()
     remover = await made.claim(jobs, "worker", JobKind.DELETE)
     assert remover.job.id == deletion.id
-    assert await store.unshared_keys(recording.id) == ["key-1", "key-2"]
     async with remover.transaction() as now:
-        await now.drop_keys(["key-1", "key-2"])
-    assert await store.unshared_keys(recording.id) == []
+        assert await now.drop_keys() == ["key-1", "key-2"], "the other recording stands on the third"
+    async with remover.transaction() as now:
+        assert await now.drop_keys() is None
     async with remover.transaction() as now:
         assert await now.remove_chunks() == 3
         assert await now.remove_chunks() == 0
@@ -428,6 +429,62 @@ async def test_a_deleted_recording_is_gone_at_once_and_drains_behind(
     assert await store.count_chunks(recording.id) == 0
     assert await store.count_chunks(other.id) == 1
     assert [found.id for found in (await jobs.list(tenant="acme", recording_id=recording.id)).items] == [deletion.id]
+
+
+async def _standing_on(jobs: JobStore, *keys: str) -> Claim:
+    """The ingest of a recording that stands on these records."""
+    await made.submit(jobs, kind=JobKind.INGEST, recording=made.recording())
+    claim = await made.claim(jobs)
+    async with claim.transaction() as now:
+        await now.add_keys(keys)
+    return claim
+
+
+async def _removing(jobs: JobStore, ingest: Claim) -> Claim:
+    assert ingest.job.recording_id is not None
+    await jobs.delete_recording(ingest.job.recording_id, tenant="acme")
+    await ingest.cancelled()
+    return await made.claim(jobs, "worker", JobKind.DELETE)
+
+
+async def test_of_two_deletions_at_once_the_second_removes_what_only_they_shared(jobs: JobStore) -> None:
+    first = await _removing(jobs, await _standing_on(jobs, "mine", "ours"))
+    second = await _removing(jobs, await _standing_on(jobs, "ours", "theirs"))
+
+    async def drop() -> Sequence[str] | None:
+        async with second.transaction() as now:
+            return await now.drop_keys()
+
+    async with first.transaction() as now:
+        assert await now.drop_keys() == ["mine"]
+        meanwhile = asyncio.create_task(drop())
+        await asyncio.sleep(0.2)
+    assert await meanwhile == ["ours", "theirs"]
+
+
+async def test_who_comes_to_stand_on_a_record_waits_for_a_deletion_that_is_at_it(jobs: JobStore) -> None:
+    remover = await _removing(jobs, await _standing_on(jobs, "key"))
+    await made.submit(jobs, kind=JobKind.INGEST, recording=made.recording())
+    newcomer = await made.claim(jobs)
+
+    async def note() -> None:
+        async with newcomer.transaction() as now:
+            await now.add_keys(["key"])
+
+    async with remover.transaction() as now:
+        assert await now.drop_keys() == ["key"]
+        noting = asyncio.create_task(note())
+        await asyncio.sleep(0.2)
+        assert not noting.done(), "it would find what is about to vanish"
+    await noting
+
+
+async def test_a_recording_that_is_being_deleted_comes_to_stand_on_nothing_more(
+    jobs: JobStore, store: RecordingStore
+) -> None:
+    remover = await _removing(jobs, await _standing_on(jobs, "key"))
+    with pytest.raises(NotFound):
+        await store.note_key(remover.job.recording_id or "", "another")
 
 
 async def test_nobody_waits_for_another_writer_for_ever(database_url: str, database: Database, jobs: JobStore) -> None:

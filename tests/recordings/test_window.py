@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from nvila.cache.codec import Record, RecordFormat, unpack
-from nvila.errors import InvalidMedia, InvalidRequest, NotFound, Unavailable
+from nvila.errors import InvalidMedia, InvalidRequest, NotFound
+from nvila.recordings.encode import Model
 from nvila.recordings.planner import Budget
 from nvila.recordings.types import ChunkPolicy, Group, RecordedChunk, Recording, RecordingState, SourceKind
 from nvila.recordings.window import NOT_SAMPLED, NOT_YET, UNDECODABLE, OpenWindow, RecordingWindows, lay_window, resolve
 from nvila.types import (
     Deadline,
-    EncodeSettings,
     Gap,
     Level,
     RecordingWindow,
@@ -240,15 +240,15 @@ class Encoder:
         self.gone = False
         self.groups: list[Group] = []
 
-    async def encode_again(
-        self, one: Recording, group: Group, settings: EncodeSettings, deadline: Deadline
-    ) -> VisualTokens:
+    async def encode_again(self, one: Recording, group: Group, model: Model, deadline: Deadline) -> VisualTokens:
         if self.gone:
-            raise Unavailable("the frames are gone")
-        assert settings.pool_sizes == CONFIG.pool_sizes
+            raise NotFound("the frames are gone")
+        assert model.config == CONFIG
         assert group.ref is not None
         self.groups.append(group)
-        return tokens(int(group.ref.key, 16))
+        return replace(
+            tokens(int(group.ref.key, 16)), ref=model.ref_of(group), vision_revision=model.form.vision_revision
+        )
 
 
 def windows(chunks: list[RecordedChunk], hot: Hot, cold: Cold, encoder: Encoder) -> RecordingWindows:
@@ -330,5 +330,5 @@ async def test_what_cannot_be_had_at_all_is_an_error_and_not_an_empty_answer() -
     encoder = Encoder()
     encoder.gone = True
     some, opened = await opened_with([chunk_of("rec", 0)], Hot(), Cold(), encoder)
-    with pytest.raises(Unavailable, match="the frames are gone"):
+    with pytest.raises(NotFound, match="the frames are gone"):
         await some.restore(opened, ref(1), FORM, CONFIG, Deadline.after(5))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
@@ -107,14 +108,7 @@ async def _open(settings: GatewaySettings, keys: ApiKeys, opened: AsyncExitStack
     opened.push_async_callback(fetcher.close)
     recorded = await _open_recordings(settings, files, scratch, opened) if settings.recordings else None
     pool = await DecodePool.start(
-        DecodeLimits(
-            max_pixels=settings.max_pixels,
-            max_file_bytes=settings.max_media_bytes,
-            memory_bytes=settings.decode_memory_bytes,
-            task_s=settings.decode_task_s,
-            workers=settings.decode_workers,
-            threads=settings.decode_threads,
-        ),
+        decode_limits(settings),
         FrameArena.create(settings.shared_memory_prefix, settings.frame_memory_bytes),
     )
     opened.push_async_callback(pool.aclose)
@@ -128,7 +122,7 @@ async def _open(settings: GatewaySettings, keys: ApiKeys, opened: AsyncExitStack
     windows = None
     if recorded is not None:
         encoder = GroupEncoder(recorded.cold, store, vision, recovery_s=settings.recovery_s)
-        lost = LostTokens(recorded.shelf, recorded.cold, pool, encoder, decoder)
+        lost = LostTokens(recorded.shelf, recorded.cold, pool, encoder)
         windows = RecordingWindows(recorded.shelf, store, recorded.cold, lost)
     pipeline = Pipeline(
         fetcher=fetcher,
@@ -170,6 +164,19 @@ async def _open(settings: GatewaySettings, keys: ApiKeys, opened: AsyncExitStack
         streams=streams,
         health=health,
         metrics=metrics,
+    )
+
+
+def decode_limits(settings: GatewaySettings) -> DecodeLimits:
+    """What clients send is measured when it comes. Footage of recordings, of which lost tokens are made again, may be
+    as large as the workers let in: there its size is no reason to refuse a file."""
+    return DecodeLimits(
+        max_pixels=settings.max_pixels,
+        max_file_bytes=sys.maxsize if settings.recordings else settings.max_media_bytes,
+        memory_bytes=settings.decode_memory_bytes,
+        task_s=settings.decode_task_s,
+        workers=settings.decode_workers,
+        threads=settings.decode_threads,
     )
 
 

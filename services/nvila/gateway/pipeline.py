@@ -236,11 +236,8 @@ class OneAnswer:
         with _blaming(source):
             if self._services.recordings is None:
                 raise InvalidRequest("no recordings are kept here")
-            try:
-                window = await self._services.recordings.open(source.recording, question.tenant, budget, self._config)
-            except NotFound as error:
-                raise NotFound(error.message, param=source.param) from None
-        return RecordedItem(source=source, window=window)
+            window = await self._services.recordings.open(source.recording, question.tenant, budget, self._config)
+            return RecordedItem(source=source, window=window.served_by(self._config, self._form))
 
     async def _plan_files(self) -> list[MediaItem]:
         sources = [source for source in self._question.media if source.recording is None]

@@ -39,7 +39,7 @@ from nvila.recordings.database import Database
 from nvila.recordings.encode import GroupEncoder, LostTokens
 from nvila.recordings.hls import HlsReader
 from nvila.recordings.inbox import Inbox
-from nvila.recordings.ingest import DeleteHandler, IngestHandler
+from nvila.recordings.ingest import DeleteHandler, IngestHandler, sweep_footage
 from nvila.recordings.jobs import JobStore
 from nvila.recordings.questions import AskHandler
 from nvila.recordings.reseal import reseal
@@ -71,6 +71,7 @@ QUESTIONS = (JobKind.ASK, JobKind.SUMMARY, JobKind.TIMELINE, JobKind.WHEN)
 _LOOK_EVERY_S = 1.0
 _COUNT_EVERY_S = 5.0
 _SWEEP_EVERY_S = 60.0
+_SWEEP_FOOTAGE_EVERY_S = 600.0
 _KEEP_OPEN_S = 60.0
 """Reading the headers of hours of video takes seconds: a decode worker keeps its file open while others are encoded."""
 _LATE_S = 30.0
@@ -176,7 +177,7 @@ async def _open(settings: RecordingsSettings, metrics: Metrics, health: Health, 
     opened.push_async_callback(decoder.close)
 
     encoder = GroupEncoder(cold, hot, vision, recovery_s=settings.recovery_s)
-    windows = RecordingWindows(shelf, hot, cold, LostTokens(shelf, cold, pool, encoder, decoder))
+    windows = RecordingWindows(shelf, hot, cold, LostTokens(shelf, cold, pool, encoder))
     pipeline = Pipeline(
         fetcher=fetcher,
         frames=pool,
@@ -213,7 +214,7 @@ async def _open(settings: RecordingsSettings, metrics: Metrics, health: Health, 
                 footage_s=settings.keep_footage_s,
             ),
         ),
-        JobKind.DELETE: DeleteHandler(shelf, cold, inbox.remove),
+        JobKind.DELETE: DeleteHandler(cold, inbox.remove),
         JobKind.ASK: AskHandler(caller, windows, SimilaritySearch(shelf, decoder)),
         JobKind.SUMMARY: SummaryHandler(caller, windows, shelf),
         JobKind.TIMELINE: TimelineHandler(caller, windows, shelf),
@@ -227,6 +228,9 @@ async def _open(settings: RecordingsSettings, metrics: Metrics, health: Health, 
     await opened.enter_async_context(_regularly(_LOOK_EVERY_S, health.look))
     await opened.enter_async_context(_regularly(_COUNT_EVERY_S, backlog.show, hot.measure))
     await opened.enter_async_context(_regularly(_SWEEP_EVERY_S, lambda: jobs.sweep(time.time() - settings.keep_jobs_s)))
+    await opened.enter_async_context(
+        _regularly(_SWEEP_FOOTAGE_EVERY_S, lambda: sweep_footage(shelf, cold, time.time() - settings.keep_footage_s))
+    )
     await opened.enter_async_context(_working(worker))
     _log.info("recordings started", extra=fields(worker=settings.worker_name, sqlite=database.is_sqlite))
 

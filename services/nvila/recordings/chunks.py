@@ -246,7 +246,8 @@ class ChunkIngest:
         if is_static and self._shown is not None:
             shown = self._shown
             next_turn.set_result(None)
-            return _Taken(group=replace(group, ref=shown.ref, is_static=True), fate=Fate.STATIC, mean=await shown.mean)
+            static = replace(group, ref=shown.ref, is_static=True, named_for=self.model.name)
+            return _Taken(group=static, fate=Fate.STATIC, mean=await shown.mean)
         ref = self.model.ref(chunk, self.recording.tenant)
         mean: asyncio.Future[NDArray[np.float32]] = asyncio.get_running_loop().create_future()
         self._shown = _Shown(ref, mean)
@@ -254,14 +255,19 @@ class ChunkIngest:
         with tracing.span("recordings.group", nvila__chunk__frames=len(chunk.frames_FHWC)):
             found = await self.patiently(lambda: self._tokens(chunk, ref))
         mean.set_result(await asyncio.to_thread(mean_token, found.tokens))
-        return _Taken(group=replace(group, ref=ref), fate=found.fate, mean=mean.result(), bytes_cold=found.bytes_cold)
+        group = replace(group, ref=ref, named_for=self.model.name)
+        return _Taken(group=group, fate=found.fate, mean=mean.result(), bytes_cold=found.bytes_cold)
 
     async def _tokens(self, chunk: Chunk, ref: TokensRef) -> Found:
         began = time.perf_counter()
-        found = await self.encoder.tokens(chunk, ref, self.model, self._deadline())
+        found = await self.encoder.tokens(chunk, ref, self.model, self._deadline(), self._note)
         self.seconds.encode += found.encode_s
         self.seconds.keep += time.perf_counter() - began - found.encode_s
         return found
+
+    async def _note(self, key: str) -> None:
+        async with self.claim.transaction() as now:
+            await now.add_keys([key])
 
     def _decoded(self, path: Path, indices: tuple[int, ...]) -> AbstractAsyncContextManager[Chunk]:
         run, tile_px = FrameRun(indices=indices), self.model.config.tile_px

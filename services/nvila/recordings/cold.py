@@ -18,7 +18,8 @@ import os
 import secrets
 import shutil
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterable
+import weakref
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -34,6 +35,9 @@ from nvila.types import TokensRef, VisualTokens
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_LINGER_S = 60.0
+"""A segment that was fetched from an object store stays at hand for so long: who asks for one group of it asks for
+others next."""
 _LENGTH_BYTES = 4
 _MOST_MANIFEST_BYTES = 1 << 20
 
@@ -46,6 +50,7 @@ class ColdStore:
         self._fs, root = _opened(url)
         self._root = root.rstrip("/")
         self._is_local = isinstance(self._fs, LocalFileSystem)
+        self._copies: dict[str, _Copy] = {}
         if self._is_local:
             Path(self._root).mkdir(parents=True, exist_ok=True, mode=0o700)
 
@@ -95,20 +100,26 @@ class ColdStore:
 
     @asynccontextmanager
     async def open(self, relative: str) -> AsyncIterator[Path]:
-        """A segment as a file of the local disk until the end of the block. Raises `NotFound`, `Unavailable`."""
+        """A segment as a file of the local disk until the end of the block. However many open it at a time, and shortly
+        after each other, it is fetched once. Raises `NotFound`, `Unavailable`."""
         if self._is_local:
             path = Path(self._path(relative))
             if not await asyncio.to_thread(path.is_file):
                 raise _no_segment()
             yield path
             return
-        with tempfile.TemporaryDirectory(prefix="nvila-segment-") as folder:
-            path = Path(folder) / PurePosixPath(relative).name
-            try:
-                await self._guarded("read a segment", self._fs.get_file, self._path(relative), str(path))
-            except FileNotFoundError:
-                raise _no_segment() from None
-            yield path
+        copy = self._copies.get(relative)
+        if copy is None:
+            copy = self._copies[relative] = _Copy(relative)
+        with copy.in_use(lambda: self._let_go(copy)):
+            async with copy.turn:
+                if not copy.is_there:
+                    try:
+                        await self._guarded("read a segment", self._fs.get_file, self._path(relative), str(copy.path))
+                    except FileNotFoundError:
+                        raise _no_segment() from None
+                    copy.is_there = True
+            yield copy.path
 
     async def local(self, relative: str) -> Path | None:
         """A segment's file where the store is a local disk; None on any other. Raises `NotFound`."""
@@ -135,13 +146,22 @@ class ColdStore:
 
     async def forget_segments(self, recording_id: str) -> None:
         """Remove all segments of a recording. Raises `Unavailable`."""
+        for copy in [copy for copy in self._copies.values() if copy.is_of(recording_id)]:
+            self._let_go(copy)
         await self._guarded("remove segments", self._remove_folder, self._path(f"segments/{recording_id}"))
 
     async def forget_segment(self, relative: str) -> None:
         """Remove one segment; one that is gone already is no error. Raises `Unavailable`."""
+        if relative in self._copies:
+            self._let_go(self._copies[relative])
         await self._guarded("remove a segment", self._remove, [self._path(relative)])
 
     # -- inside
+
+    def _let_go(self, copy: _Copy) -> None:
+        """Whoever opens the segment from now on has it fetched again; who has it open keeps it."""
+        if self._copies.get(copy.relative) is copy:
+            del self._copies[copy.relative]
 
     async def _guarded(self, what: str, work: Callable[..., T], *arguments: Any) -> T:
         try:
@@ -220,6 +240,37 @@ class ColdStore:
     def _remove_folder(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError):
             self._fs.rm(path, recursive=True)
+
+
+class _Copy:
+    """A segment of an object store on the local disk: removed with this object."""
+
+    def __init__(self, relative: str) -> None:
+        folder = tempfile.mkdtemp(prefix="nvila-segment-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        self.relative = relative
+        self.path = Path(folder) / PurePosixPath(relative).name
+        self.turn = asyncio.Lock()
+        self.is_there = False
+        self._users = 0
+        self._leaving: asyncio.TimerHandle | None = None
+
+    def is_of(self, recording_id: str) -> bool:
+        return PurePosixPath(self.relative).parts[1] == recording_id
+
+    @contextlib.contextmanager
+    def in_use(self, let_go: Callable[[], None]) -> Iterator[None]:
+        """`let_go` is called when it has not been in use for a while, or has nothing to use."""
+        self._users += 1
+        if self._leaving is not None:
+            self._leaving.cancel()
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users:
+                delay_s = _LINGER_S if self.is_there else 0.0
+                self._leaving = asyncio.get_running_loop().call_later(delay_s, let_go)
 
 
 def _opened(url: str) -> tuple[Any, str]:

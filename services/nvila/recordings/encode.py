@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractAsyncContextManager
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Protocol
 
@@ -21,9 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nvila.cache.codec import Record, RecordFormat, dequantize, pack
-from nvila.cache.keys import record_key
+from nvila.cache.keys import record_key, renamed_key, settings_key
 from nvila.cache.store import Lease
-from nvila.errors import InvalidMedia, NotFound, Overloaded, Unavailable
+from nvila.errors import InvalidMedia, InvalidRequest, NotFound, Overloaded, Unavailable
 from nvila.model import cost
 from nvila.model.config import NvilaConfig
 from nvila.recordings.cold import ColdStore
@@ -35,6 +36,7 @@ from nvila.types import (
     Encoded,
     EncodeSettings,
     FrameRun,
+    Level,
     MediaKind,
     ModelCard,
     TokensRef,
@@ -82,6 +84,11 @@ class Segments(Protocol):
     """What is asked of `RecordingStore`."""
 
     async def segment(self, recording_id: str, number: int) -> Segment: ...
+    async def note_key(self, recording_id: str, key: str) -> None: ...
+
+
+Note = Callable[[str], Awaitable[None]]
+"""Notes in the database that a recording stands on the record of this key: what is kept unnoted is never removed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,15 +102,20 @@ class Model:
     @classmethod
     def of(cls, card: ModelCard) -> Model:
         config = NvilaConfig.from_json(card.config_json)
+        form = RecordFormat(width=config.llm_width, dtype=card.token_dtype, vision_revision=card.vision_revision)
+        return cls.made_of(config, form)
+
+    @classmethod
+    def made_of(cls, config: NvilaConfig, form: RecordFormat) -> Model:
         return cls(
             config=config,
-            form=RecordFormat(width=config.llm_width, dtype=card.token_dtype, vision_revision=card.vision_revision),
+            form=form,
             settings=EncodeSettings(
                 kind=MediaKind.VIDEO,
                 is_tiled=False,
                 pool_sizes=config.pool_sizes,
-                token_dtype=card.token_dtype,
-                vision_revision=card.vision_revision,
+                token_dtype=form.dtype,
+                vision_revision=form.vision_revision,
             ),
         )
 
@@ -112,16 +124,44 @@ class Model:
         """Frames of one group."""
         return self.config.temporal_group
 
+    @cached_property
+    def name(self) -> str:
+        """What two models have in common whose records have the same names: `Group.named_for`."""
+        return settings_key(self.settings)
+
+    @cached_property
+    def _group_levels(self) -> tuple[Level, ...]:
+        return self._levels(self.group)
+
     def ref(self, chunk: Chunk, tenant: str) -> TokensRef:
         """Name and layout of the tokens of these frames."""
-        levels = cost.levels(
+        key = record_key(chunk.content_digest, self.settings, tenant)
+        return TokensRef(key=key, levels=self._levels(len(chunk.frames_FHWC)))
+
+    def ref_of(self, group: Group) -> TokensRef:
+        """Name and layout of a recorded group's tokens for this model: those that it has, or, when it was recorded for
+        another one (other weights, another storage type), a name of this model's own, which no two models share.
+
+        Raises `InvalidRequest` when this model cannot take the group's frames together.
+        """
+        assert group.ref is not None, "a group without tokens has no name"
+        if group.named_for in ("", self.name):
+            return group.ref
+        if len(group.indices) > self.group:
+            raise InvalidRequest(
+                f"the recording was cut into groups of {len(group.indices)} frames for another model; the one that is "
+                f"served takes {self.group} at a time: add the recording again"
+            )
+        return TokensRef(key=renamed_key(group.ref.key, self.settings), levels=self._group_levels)
+
+    def _levels(self, frames: int) -> tuple[Level, ...]:
+        return cost.levels(
             self.config,
             kind=MediaKind.VIDEO,
             is_tiled=False,
-            frames=len(chunk.frames_FHWC),
+            frames=frames,
             pool_sizes=self.settings.pool_sizes,
         )
-        return TokensRef(key=record_key(chunk.content_digest, self.settings, tenant), levels=levels)
 
 
 class Fate(StrEnum):
@@ -153,9 +193,10 @@ class GroupEncoder:
         self._vision = vision
         self._recovery_s = recovery_s
 
-    async def tokens(self, chunk: Chunk, ref: TokensRef, model: Model, deadline: Deadline) -> Found:
-        """The group's tokens, which are in the cold store when this returns. Raises `Unavailable` when vision stays
-        away or the cold store cannot keep them, `DeadlineExceeded`."""
+    async def tokens(self, chunk: Chunk, ref: TokensRef, model: Model, deadline: Deadline, note: Note) -> Found:
+        """The group's tokens, which are noted and in the cold store when this returns. Raises `Unavailable` when vision
+        stays away or the cold store cannot keep them, `DeadlineExceeded`, and what `note` raises."""
+        await note(ref.key)  # before it is looked for: from here on no deletion removes what is found
         kept = await self._cold.get(ref, model.form)
         if kept is not None:
             return Found(kept, Fate.REUSED, 0, 0.0)
@@ -192,40 +233,38 @@ class GroupEncoder:
 class LostTokens:
     """Makes a group's tokens again from the recording's own frames, for a question whose records are gone."""
 
-    def __init__(
-        self, segments: Segments, cold: ColdStore, frames: Frames, encoder: GroupEncoder, models: Models
-    ) -> None:
+    def __init__(self, segments: Segments, cold: ColdStore, frames: Frames, encoder: GroupEncoder) -> None:
         self._segments = segments
         self._cold = cold
         self._frames = frames
         self._encoder = encoder
-        self._models = models
 
-    async def encode_again(
-        self, recording: Recording, group: Group, settings: EncodeSettings, deadline: Deadline
-    ) -> VisualTokens:
-        """Raises `Unavailable` when the frames are gone or give other tokens than they did, `DeadlineExceeded`."""
-        assert group.ref is not None, "a group without tokens has lost none"
-        model = Model.of(await self._models.describe())
-        if model.settings != settings:
-            raise Unavailable("another model is served by now; ask again")
-        try:
-            segment = await self._segments.segment(recording.id, group.segment)
-            if not segment.path:
-                raise NotFound("its source was not kept")
-            async with (
-                self._cold.open(segment.path) as path,
-                self._frames.decode(
-                    path, MediaKind.VIDEO, FrameRun(indices=group.indices), model.config.tile_px, model.group, deadline
-                ) as chunk,
-            ):
-                if not len(chunk.frames_FHWC) or model.ref(chunk, recording.tenant) != group.ref:
-                    raise Unavailable("tokens of this recording are lost, and its frames give others than they did")
-                return (await self._encoder.tokens(chunk, group.ref, model, deadline)).tokens
-        except (NotFound, InvalidMedia):
-            raise Unavailable(
-                "tokens of this recording are lost, and so is the part of its source they came from"
-            ) from None
+    async def encode_again(self, recording: Recording, group: Group, model: Model, deadline: Deadline) -> VisualTokens:
+        """The group's tokens for `model`, whichever it was recorded for.
+
+        Raises `NotFound` when the frames are gone or are others than they were, `Unavailable` while vision is away,
+        `DeadlineExceeded`.
+        """
+        ref, note = model.ref_of(group), partial(self._segments.note_key, recording.id)
+        lost = f"the tokens of {group.times_s[0]:g} to {group.times_s[-1]:g} s of this recording " + (
+            "are lost" if ref == group.ref else "were made for another model than the one that is served"
+        )
+        async with AsyncExitStack() as held:
+            try:
+                segment = await self._segments.segment(recording.id, group.segment)
+                if not segment.path:
+                    raise NotFound("its source was not kept")
+                path = await held.enter_async_context(self._cold.open(segment.path))
+                run = FrameRun(indices=group.indices)
+                chunk = await held.enter_async_context(
+                    self._frames.decode(path, MediaKind.VIDEO, run, model.config.tile_px, model.group, deadline)
+                )
+            except (NotFound, InvalidMedia):
+                raise NotFound(f"{lost}, and the footage that could give them again is not kept any more") from None
+            is_whole = len(chunk.times_s) == len(group.indices)
+            if not is_whole or (ref == group.ref and model.ref(chunk, recording.tenant) != ref):
+                raise NotFound(f"{lost}, and the footage gives other frames than it did")
+            return (await self._encoder.tokens(chunk, ref, model, deadline, note)).tokens
 
 
 def mean_token(tokens: VisualTokens) -> NDArray[np.float32]:

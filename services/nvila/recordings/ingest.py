@@ -8,7 +8,8 @@ that wait are left out, counted and told as gaps. A source that can wait itself 
 
 A service that is away does not end the attempt at a live source, which would let go of the camera: footage is kept on,
 and up to `outage_s` of it is taken in once the service is back. A file waits by itself, so there the attempt ends and
-another one goes on.
+another one goes on. An attempt is for one model: when another one is served by now, what waits is given back, and the
+next attempt goes on for that one.
 """
 
 from __future__ import annotations
@@ -47,9 +48,9 @@ _log = logging.getLogger(__name__)
 AWAY = "the source was away"
 
 _READ_BYTES = 1 << 20
-_DROP_KEYS_AT_ONCE = 500
 _CHUNKS_ON_THE_WAY = 6
 """No more chunks than this are planned and not written yet (chunks.py)."""
+_SWEEP_AT_ONCE = 500
 _LOOK_EVERY_S = 1.0
 _TRY_AGAIN_S = 2.0
 _SLACK_S = 3600.0
@@ -93,9 +94,11 @@ class LiveLoad:
         self._lags[recording_id] = max(0.0, lag_s)
         return max(self._lags.values())
 
-    def forget(self, recording_id: str) -> None:
+    def forget(self, recording_id: str) -> float:
+        """Returns the most footage that waits of any other source."""
         self._sources.pop(recording_id, None)
         self._lags.pop(recording_id, None)
+        return max(self._lags.values(), default=0.0)
 
 
 class IngestHandler:
@@ -165,6 +168,14 @@ class IngestHandler:
             raise LeaseLost("given back: this worker has no room for another live source")
         self.load.measured(recording.id, 0.0, 0.0)
 
+    async def give_back_for_another_model(self, ingest: ChunkIngest) -> None:
+        """Raises `LeaseLost` when the model that this attempt encodes for is not the one that is served; the job waits
+        for its next attempt. Raises `Unavailable` when nobody says what is served."""
+        if Model.of(await self._models.describe()) == ingest.model:
+            return
+        await ingest.claim.release()
+        raise LeaseLost("given back: another model is served by now")
+
     # -- a file
 
     async def _take_file(self, ingest: ChunkIngest) -> None:
@@ -207,6 +218,8 @@ class IngestHandler:
         if group is not None and ingest.recording.policy.gate:
             segment = await self._shelf.segment(ingest.recording.id, group.segment)
             try:
+                if not segment.path:
+                    raise NotFound("it is not kept any more")
                 async with self._cold.open(segment.path) as path:
                     await ingest.go_on_from(group, path, self._cold)
             except (NotFound, InvalidMedia):
@@ -261,7 +274,8 @@ class _LiveIngest:
         except BaseExceptionGroup as group:
             raise _of_ours(group) from None
         finally:
-            self._services.load.forget(self._recording.id)
+            most_lag_s = self._services.load.forget(self._recording.id)
+            self._services._metrics.set(names.INGEST_LAG_SECONDS, most_lag_s)
             for opened in self._opened.values():
                 await opened.aclose()
         await self._claim.update_recording(
@@ -291,6 +305,8 @@ class _LiveIngest:
         with suppress(Unavailable):  # the database may be what is away
             await self._claim.update_recording(error_code=error.code, error=error.message)
         await asyncio.sleep(max(_TRY_AGAIN_S, error.retry_after_s or 0.0))
+        with suppress(Unavailable):
+            await self._services.give_back_for_another_model(self._ingest)
 
     # -- the feeder
 
@@ -392,7 +408,9 @@ class _LiveIngest:
         while self._kept and self._kept[0].start_s + self._kept[0].duration_s < before_s:
             if self._kept[0].number in self._films:
                 return
-            await self._services._cold.forget_segment(self._kept.popleft().path)
+            segment = self._kept.popleft()
+            if segment.path:
+                await forget_footage(self._services._shelf, self._services._cold, segment)
 
     # -- the taking in
 
@@ -466,6 +484,8 @@ class _LiveIngest:
     async def _look_into(self, segment: Segment) -> None:
         """Know the frames of a segment that the worker before has kept."""
         services = self._services
+        if not segment.path:
+            return
         try:
             async with services._cold.open(segment.path) as path:
                 deadline = Deadline.after(services._limits.probe_timeout_s)
@@ -514,12 +534,28 @@ class _Film:
         return OpenSegment(path=Path(), start_s=self.segment.start_s, info=self.info).footage(self.segment.number)
 
 
+async def forget_footage(shelf: RecordingStore, cold: ColdStore, segment: Segment) -> None:
+    """Remove a segment's file; its row stays and says so."""
+    await cold.forget_segment(segment.path)
+    await shelf.forget_path(segment)
+
+
+async def sweep_footage(shelf: RecordingStore, cold: ColdStore, ended_before: float) -> int:
+    """Remove footage that ended before this time (seconds since 1970), of live recordings that are over: those that
+    run look after their own. Returns how many files went."""
+    gone = 0
+    while segments := await shelf.old_footage(ended_before, limit=_SWEEP_AT_ONCE):
+        for segment in segments:
+            await forget_footage(shelf, cold, segment)
+        gone += len(segments)
+    return gone
+
+
 class DeleteHandler:
     """Removes what a deleted recording has left: tokens that no other recording stands on, footage, rows. Each step may
     be repeated; a deletion that was cut off goes on."""
 
-    def __init__(self, shelf: RecordingStore, cold: ColdStore, remove_pushed: Callable[[str], None]) -> None:
-        self._shelf = shelf
+    def __init__(self, cold: ColdStore, remove_pushed: Callable[[str], None]) -> None:
         self._cold = cold
         self._remove_pushed = remove_pushed
 
@@ -527,10 +563,12 @@ class DeleteHandler:
         recording_id = claim.job.recording_id
         assert recording_id is not None, "a deletion has a recording"
         freed = 0
-        while keys := await self._shelf.unshared_keys(recording_id, limit=_DROP_KEYS_AT_ONCE):
-            freed += await self._cold.drop(keys)
-            async with claim.transaction() as now:
-                await now.drop_keys(keys)
+        while True:
+            async with claim.transaction() as now:  # whoever comes to stand on these records waits for its end
+                keys = await now.drop_keys()
+                if keys is None:
+                    break
+                freed += await self._cold.drop(keys)
         await self._cold.forget_segments(recording_id)
         await asyncio.to_thread(self._remove_pushed, recording_id)
         while True:

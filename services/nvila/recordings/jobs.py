@@ -50,6 +50,8 @@ from nvila.recordings.types import (
 MAX_ATTEMPTS = 8
 _FOLLOW_EVERY_S = 0.25
 _DELETE_CHUNKS_AT_ONCE = 500
+_DROP_KEYS_AT_ONCE = 32
+"""Records are removed from the cold store inside of a transaction: on an object store 32 take about two seconds."""
 _SWEEP_AT_ONCE = 500
 
 
@@ -631,7 +633,8 @@ class ClaimTransaction:
         await store.add_counters(self._connection, self._recording_id, counters)
 
     async def add_keys(self, keys: Iterable[str]) -> None:
-        """Note that the job's recording stands on these token records too (`add_chunk` does so for its own)."""
+        """Note that the job's recording stands on these token records too, before they are looked for or kept: its
+        deletion removes what is noted. (`add_chunk` does so for its own.)"""
         await store.write_keys(self._database, self._connection, self._recording_id, keys)
 
     async def update_recording(
@@ -671,9 +674,11 @@ class ClaimTransaction:
         there = await jobs._same_key(self._connection, self._row.tenant, new)
         return there or await jobs._insert(self._connection, self._row.tenant, new)
 
-    async def drop_keys(self, keys: Sequence[str]) -> None:
-        """The job's recording does not stand on these token records any more (they are gone from the cold store)."""
-        await store.remove_keys(self._connection, self._recording_id, keys)
+    async def drop_keys(self) -> Sequence[str] | None:
+        """The job's recording does not stand on some of its token records any more. Returns the keys of those that no
+        other recording stands on, to be removed from the cold store before this transaction ends; None: there were no
+        more."""
+        return await store.drop_keys(self._connection, self._recording_id, _DROP_KEYS_AT_ONCE)
 
     async def remove_chunks(self) -> int:
         """Remove some hundreds of the chunks of the job's recording, the last ones first. 0: there were none left."""

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Generic, TypeVar
 
-from sqlalchemy import ColumnElement, Row, Select, and_, delete, func, or_, select, update
+from sqlalchemy import ColumnElement, Row, Select, and_, case, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from nvila.errors import InvalidRequest, LimitExceeded, NotFound, NvilaError, Overloaded
@@ -173,6 +173,30 @@ class RecordingStore:
             raise NotFound(f"recording {recording_id} has no segment {number}")
         return _segment(row)
 
+    async def old_footage(self, ended_before: float, *, limit: int) -> Sequence[Segment]:
+        """Segments whose files are kept, of live recordings that are complete or failed, which ended before this time:
+        on the clock that began when the recording was made, or with its first frame if that was later."""
+        recording, segment = schema.recordings.c, schema.segments.c
+        made_at, captured_at = recording.created_at, func.coalesce(recording.captured_at, recording.created_at)
+        began_at = case((captured_at > made_at, captured_at), else_=made_at)
+        query = (
+            select(schema.segments)
+            .join(schema.recordings, recording.id == segment.recording_id)
+            .where(recording.source_kind.in_([kind for kind in SourceKind if kind.is_live]))
+            .where(recording.state.in_([RecordingState.COMPLETE, RecordingState.FAILED]))
+            .where(segment.path != "", began_at + segment.start_s + segment.duration_s < ended_before)
+            .limit(limit)
+        )
+        async with self._database.read() as connection:
+            return [_segment(row) for row in await connection.execute(query)]
+
+    async def forget_path(self, segment: Segment) -> None:
+        """Note that a segment's file is not kept any more."""
+        table = schema.segments
+        mine = and_(table.c.recording_id == segment.recording_id, table.c.number == segment.number)
+        async with self._database.write() as connection:
+            await connection.execute(update(table).where(mine).values(path=""))
+
     # -- chunks
 
     async def chunks(
@@ -262,14 +286,15 @@ class RecordingStore:
 
     # -- token records
 
-    async def unshared_keys(self, recording_id: str, *, limit: int = 1000) -> Sequence[str]:
-        """Keys of token records that this recording stands on and no other one: what its deletion removes from the
-        cold store. Ask again after `ClaimTransaction.drop_keys` until there are none."""
-        mine, other = schema.token_uses.alias("mine"), schema.token_uses.alias("other")
-        is_shared = select(other.c.key).where(other.c.key == mine.c.key, other.c.recording_id != recording_id).exists()
-        query = select(mine.c.key).where(mine.c.recording_id == recording_id, ~is_shared).order_by(mine.c.key)
-        async with self._database.read() as connection:
-            return [key for (key,) in await connection.execute(query.limit(limit))]
+    async def note_key(self, recording_id: str, key: str) -> None:
+        """Note that the recording stands on this token record too, before it is looked for or kept: its deletion
+        removes what is noted. Raises `NotFound` for a recording that is being deleted."""
+        table = schema.recordings
+        query = select(table.c.id).where(table.c.id == recording_id, table.c.state != RecordingState.DELETING)
+        async with self._database.write() as connection:
+            if (await connection.execute(query.with_for_update(read=True))).first() is None:
+                raise NotFound(f"no recording {recording_id[:64]!r}")
+            await write_keys(self._database, connection, recording_id, [key])
 
 
 # -- inside a transaction: reading ------------------------------------------------------------------------------------
@@ -424,9 +449,11 @@ async def write_chunk(database: Database, connection: AsyncConnection, chunk: Re
 
 
 async def write_keys(database: Database, connection: AsyncConnection, recording_id: str, keys: Iterable[str]) -> None:
-    """Note that the recording stands on these token records."""
+    """Note that the recording stands on these token records. While another one's deletion is at them (`drop_keys`) it
+    is waited for: who looks for them afterwards sees what it has left."""
     rows = [{"key": key, "recording_id": recording_id} for key in sorted(set(keys))]
     if rows:
+        await connection.execute(_uses_of([row["key"] for row in rows]).with_for_update(read=True))
         await connection.execute(database.insert(schema.token_uses).on_conflict_do_nothing(), rows)
 
 
@@ -437,9 +464,25 @@ async def add_counters(connection: AsyncConnection, recording_id: str, more: Cou
         await connection.execute(update(table).where(table.c.id == recording_id).values(values))
 
 
-async def remove_keys(connection: AsyncConnection, recording_id: str, keys: Sequence[str]) -> None:
+async def drop_keys(connection: AsyncConnection, recording_id: str, limit: int) -> Sequence[str] | None:
+    """The recording does not stand on up to `limit` of its token records any more. Returns the keys of those that no
+    other one stands on, which nobody can come to stand on before the transaction ends; None: there were none left."""
     table = schema.token_uses
+    query = select(table.c.key).where(table.c.recording_id == recording_id).order_by(table.c.key).limit(limit)
+    keys = [key for (key,) in await connection.execute(query)]
+    if not keys:
+        return None
+    await connection.execute(_uses_of(keys).with_for_update())
+    # A statement of its own: it sees what was committed while the locks were waited for.
+    others = select(table.c.key).where(table.c.key.in_(keys), table.c.recording_id != recording_id)
+    shared = {key for (key,) in await connection.execute(others)}
     await connection.execute(delete(table).where(table.c.recording_id == recording_id, table.c.key.in_(keys)))
+    return [key for key in keys if key not in shared]
+
+
+def _uses_of(keys: Sequence[str]) -> Select[Any]:
+    table = schema.token_uses
+    return select(table.c.key).where(table.c.key.in_(keys)).order_by(table.c.key, table.c.recording_id)
 
 
 async def remove_chunks(connection: AsyncConnection, recording_id: str, limit: int) -> int:
@@ -469,6 +512,7 @@ async def remove_recording(connection: AsyncConnection, recording_id: str) -> No
 
 def pack_chunk(chunk: RecordedChunk) -> str:
     """Groups and gaps as compact JSON; equal contents give equal texts."""
+    named_for = next((group.named_for for group in chunk.groups if group.ref is not None), "")
     groups = [
         [
             list(group.times_s),
@@ -479,11 +523,13 @@ def pack_chunk(chunk: RecordedChunk) -> str:
         ]
         for group in chunk.groups
     ]
-    return to_json({"groups": groups, "gaps": [[gap.start_s, gap.end_s, gap.reason] for gap in chunk.gaps]})
+    body = {"groups": groups, "gaps": [[gap.start_s, gap.end_s, gap.reason] for gap in chunk.gaps]}
+    return to_json({**body, "named_for": named_for} if named_for else body)
 
 
 def _chunk(row: Row[Any]) -> RecordedChunk:
     body = json.loads(row.body)
+    named_for = body.get("named_for", "")
     return RecordedChunk(
         recording_id=row.recording_id,
         number=row.number,
@@ -496,6 +542,7 @@ def _chunk(row: Row[Any]) -> RecordedChunk:
                 indices=tuple(indices),
                 ref=None if ref is None else TokensRef(key=ref[0], levels=tuple(Level(*level) for level in ref[1])),
                 is_static=bool(is_static),
+                named_for="" if ref is None else named_for,
             )
             for times, segment, indices, ref, is_static in body["groups"]
         ),
