@@ -336,14 +336,15 @@ async def test_after_new_weights_the_next_attempt_takes_in_what_waited(
 
 
 def lag_s(taking: Taking) -> float:
-    (line,) = (line for line in taking.metrics.render().decode().splitlines() if line.startswith("nvila_ingest_lag"))
-    return float(line.split()[-1])
+    lines = taking.metrics.render().decode().splitlines()
+    return next((float(line.split()[-1]) for line in lines if line.startswith("nvila_ingest_lag_seconds ")), 0.0)
 
 
 async def test_a_source_that_is_let_go_shows_no_lag_any_more(taking: Taking, show: Show, clock: Clock) -> None:
+    taking.limits = IngestLimits(window=1)
     taking.vision.is_away = True
     _, work = await run(taking, clock)
-    for number in range(3):
+    for number in range(4):
         show.piece(number * 8, 8, is_new=number == 0)
     async with asyncio.timeout(30):
         while lag_s(taking) <= 0:

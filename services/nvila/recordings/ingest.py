@@ -28,7 +28,15 @@ from typing import Any, Protocol
 
 from blake3 import blake3
 
-from nvila.errors import InvalidMedia, InvalidRequest, NotFound, NvilaError, Overloaded, Unavailable
+from nvila.errors import (
+    DeadlineExceeded,
+    InvalidMedia,
+    InvalidRequest,
+    NotFound,
+    NvilaError,
+    Overloaded,
+    Unavailable,
+)
 from nvila.recordings import cut
 from nvila.recordings.chunks import NO_FOOTAGE, ChunkIngest, IngestLimits, MetricSink, OpenSegment, last_encoded
 from nvila.recordings.cold import ColdStore
@@ -305,7 +313,7 @@ class _LiveIngest:
         with suppress(Unavailable):  # the database may be what is away
             await self._claim.update_recording(error_code=error.code, error=error.message)
         await asyncio.sleep(max(_TRY_AGAIN_S, error.retry_after_s or 0.0))
-        with suppress(Unavailable):
+        with suppress(Unavailable, Overloaded, DeadlineExceeded):
             await self._services.give_back_for_another_model(self._ingest)
 
     # -- the feeder
