@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc.aio
+import httpx
 import pytest
 
 from nvila.api.v1 import recordings_pb2 as pb
@@ -17,6 +18,7 @@ from nvila.recordings.inbox import Inbox
 from nvila.recordings.jobs import JobStore
 from nvila.recordings.store import RecordingStore
 from nvila.recordings.types import Counters, Group, JobKind, RecordedChunk, RecordingState
+from nvila.recordings.window import NOT_SAMPLED
 from nvila.types import Gap, Level, TokensRef
 from tests.gateway.faces import BEARER, KEY, OTHER_KEY, SEAL, Gateway, serving
 from tests.gateway.pushing import encoded
@@ -34,14 +36,15 @@ async def _add(gateway: Gateway, body: dict[str, Any] | None = None, key: str | 
     return record
 
 
-async def _ingest(gateway: Gateway, chunks: int) -> str:
-    """A recording of ten seconds a chunk, every fourth still, a gap at the end of chunk 1 and beginning of chunk 2."""
+async def _ingest(gateway: Gateway, chunks: int, stride_s: float = 10.0) -> str:
+    """A recording of ten seconds a chunk, two of four still, a gap at the end of chunk 1 and beginning of chunk 2."""
     recording_id = str((await _add(gateway))["id"])
     claim = await JobStore(gateway.database).claim("worker", (JobKind.INGEST,), 30)
     assert claim is not None
-    gaps = {1: (Gap(start_s=18, end_s=20, reason="away"),), 2: (Gap(start_s=20, end_s=23, reason="away"),)}
+    away = {1: [(8, 10)], 2: [(0, 3)]}
     for number in range(chunks):
-        start = number * 10.0
+        start = number * stride_s
+        gaps = [Gap(start_s=start + begin, end_s=start + end, reason="away") for begin, end in away.get(number, ())]
         group = Group(
             times_s=tuple(start + n for n in range(10)),
             segment=0,
@@ -56,12 +59,13 @@ async def _ingest(gateway: Gateway, chunks: int) -> str:
                 start_s=start,
                 end_s=start + 10,
                 groups=(group,),
-                gaps=gaps.get(number, ()),
+                gaps=tuple(gaps),
                 thumbnail=b"\xff\xd8jpeg" if number == 0 else b"",
             ),
             Counters(chunks=1, frames_sampled=10),
         )
-    await claim.update_recording(state=RecordingState.COMPLETE, ingested_s=chunks * 10.0, duration_s=chunks * 10.0)
+    length_s = chunks * stride_s
+    await claim.update_recording(state=RecordingState.COMPLETE, ingested_s=length_s, duration_s=length_s)
     await claim.finish({})
     return recording_id
 
@@ -106,9 +110,11 @@ async def test_the_same_key_gives_the_same_recording_and_another_request_with_it
     async with serving(tmp_path) as gateway:
         first = await _add(gateway, key="once")
         assert (await _add(gateway, key="once"))["id"] == first["id"]
-        other = {"source": {"type": "push"}, "policy": {"fps": 2}}
-        refused = await gateway.client.post("/v1/recordings", json=other, headers={**BEARER, "Idempotency-Key": "once"})
-        assert refused.status_code == 409
+        for other in ({"policy": {"fps": 2}}, {"name": "Yard"}, {"metadata": {"site": "north"}}):
+            refused = await gateway.client.post(
+                "/v1/recordings", json={**PUSH, **other}, headers={**BEARER, "Idempotency-Key": "once"}
+            )
+            assert refused.status_code == 409
         odd = await gateway.client.post("/v1/recordings", json=PUSH, headers={**BEARER, "Idempotency-Key": "a b"})
         assert (odd.status_code, odd.json()["error"]["param"]) == (422, "Idempotency-Key")
         assert len((await gateway.client.get("/v1/recordings", headers=BEARER)).json()["data"]) == 1
@@ -176,6 +182,19 @@ async def test_pages_of_a_list_meet_without_gap_or_overlap(tmp_path: Path) -> No
             assert (refused.status_code, refused.json()["error"]["param"]) == (422, next(iter(query)))
 
 
+async def test_the_same_key_with_another_password_is_another_request(tmp_path: Path) -> None:
+    async with serving(tmp_path) as gateway:
+
+        async def add(password: str) -> httpx.Response:
+            source = {"type": "rtsp", "url": "rtsp://camera.example/1", "username": "a", "password": password}
+            headers = {**BEARER, "Idempotency-Key": "once"}
+            return await gateway.client.post("/v1/recordings", json={"source": source}, headers=headers)
+
+        first, again, other = [await add(password) for password in ("hush", "hush", "other")]
+    assert (first.json()["id"], first.status_code) == (again.json()["id"], again.status_code)
+    assert (other.status_code, other.json()["error"]["param"]) == (409, "Idempotency-Key")
+
+
 async def test_coverage_joins_gaps_and_still_stretches_of_neighbours(tmp_path: Path) -> None:
     async with serving(tmp_path) as gateway:
         recording_id = await _ingest(gateway, 8)
@@ -184,11 +203,34 @@ async def test_coverage_joins_gaps_and_still_stretches_of_neighbours(tmp_path: P
         part = (await gateway.client.get(url, params={"start_s": "45", "end_s": "61"}, headers=BEARER)).json()
         for bounds in (("5", "5"), ("9", "1"), ("-1", "1"), ("0", "nan")):
             query = dict(zip(("start_s", "end_s"), bounds, strict=True))
-            assert (await gateway.client.get(url, params=query, headers=BEARER)).status_code == 422
+            for what in ("coverage", "chunks", "segments"):
+                address = f"/v1/recordings/{recording_id}/{what}"
+                assert (await gateway.client.get(address, params=query, headers=BEARER)).status_code == 422
     assert whole["gaps"] == [{"start_s": 18, "end_s": 23, "reason": "away"}]
     assert whole["static"] == [{"start_s": 20, "end_s": 39}, {"start_s": 60, "end_s": 79}]
     assert (whole["frames"], whole["frames_static"], whole["frames_lost"], whole["chunks"]) == (80, 40, 10, 8)
     assert (part["start_s"], part["end_s"], part["chunks"]) == (45, 61, 3)
+    assert (part["frames"], part["frames_static"], part["frames_lost"]) == (5 + 10 + 1, 1, 10)
+    assert part["static"] == [{"start_s": 60, "end_s": 60}]
+
+
+async def test_coverage_of_a_part_tells_the_gaps_in_it_and_time_between_chunks(tmp_path: Path) -> None:
+    async with serving(tmp_path) as gateway:
+        recording_id = await _ingest(gateway, 3, stride_s=60)
+        url = f"/v1/recordings/{recording_id}/coverage"
+
+        async def gaps(start_s: float, end_s: float) -> list[tuple[float, float, str]]:
+            query = {"start_s": start_s, "end_s": end_s}
+            found = (await gateway.client.get(url, params=query, headers=BEARER)).json()["gaps"]
+            return [(gap["start_s"], gap["end_s"], gap["reason"]) for gap in found]
+
+        whole = (await gateway.client.get(url, headers=BEARER)).json()
+        assert await gaps(5, 10) == []
+        assert await gaps(30, 65) == [(30, 60, NOT_SAMPLED)]
+        assert await gaps(20, 40) == [(20, 40, NOT_SAMPLED)]
+        assert await gaps(69, 121) == [(69, 70, "away"), (70, 120, NOT_SAMPLED), (120, 121, "away")]
+    told = [(gap["start_s"], gap["end_s"]) for gap in whole["gaps"]]
+    assert told == [(10, 60), (68, 70), (70, 120), (120, 123), (130, 180)]
 
 
 async def test_chunks_come_in_pages_with_their_pictures(tmp_path: Path) -> None:

@@ -94,9 +94,9 @@ class RecordingService(RecordingServiceServicer):
 
     async def ListChunks(self, request: pb.ListChunksRequest, context: Context) -> pb.ListChunksResponse:
         async with answering(context, SERVICE, "ListChunks"):
-            await self._recordings.get(self._tenant(context), request.recording_id)
             limit = _limit(request.limit)
-            chunks = await self._recordings.shelf.chunks(
+            chunks = await self._recordings.chunks(
+                self._tenant(context),
                 request.recording_id,
                 start_s=_bound(request, "start_s"),
                 end_s=_bound(request, "end_s"),

@@ -347,9 +347,9 @@ def _add_contents(app: FastAPI) -> None:
         end_s: Seconds | None = None,
     ) -> ChunkList:
         """Chunks that reach into the window, in order."""
-        recordings = services.recordings
-        await recordings.get(tenant, recording_id)
-        found = await recordings.shelf.chunks(recording_id, start_s=start_s, end_s=end_s, after=cursor, limit=limit + 1)
+        found = await services.recordings.chunks(
+            tenant, recording_id, start_s=start_s, end_s=end_s, after=cursor, limit=limit + 1
+        )
         has_more, found = len(found) > limit, found[:limit]
         return ChunkList(
             data=[ChunkObject.of(chunk) for chunk in found],
@@ -382,10 +382,8 @@ def _add_contents(app: FastAPI) -> None:
     ) -> SegmentList:
         """The files that hold the video, in order: a file's recording has one, a camera's many. Those of a camera are
         kept for a day or as long as the operator says; older ones are listed, and cannot be played."""
-        recordings = services.recordings
-        await recordings.get(tenant, recording_id)
-        found = await recordings.shelf.segments(
-            recording_id, start_s=start_s, end_s=end_s, after=cursor, limit=limit + 1
+        found = await services.recordings.segments(
+            tenant, recording_id, start_s=start_s, end_s=end_s, after=cursor, limit=limit + 1
         )
         has_more, found = len(found) > limit, found[:limit]
         return SegmentList(

@@ -37,6 +37,7 @@ from nvila.recordings.types import (
     Source,
     SourceKind,
 )
+from nvila.recordings.window import NOT_SAMPLED
 from nvila.types import Gap, MediaKind, RecordingWindow
 
 ASKED_KINDS = (JobKind.ASK, JobKind.SUMMARY, JobKind.TIMELINE, JobKind.WHEN, JobKind.WATCH)
@@ -212,8 +213,10 @@ class Recordings:
         )
         asked = {
             "source": {**asdict(source), "secret": source.secret is not None},
+            "name": recording.name,
             "policy": asdict(new.policy),
             "captured_at": new.captured_at,
+            "metadata": recording.metadata,
         }
         job = await self.jobs.submit(
             tenant=tenant,
@@ -225,7 +228,11 @@ class Recordings:
             quota=self._quota,
         )
         assert job.recording_id is not None, "it came with the recording"
-        return recording if job.recording_id == recording.id else await self.get(tenant, job.recording_id)
+        if job.recording_id == recording.id:
+            return recording
+        there = await self.get(tenant, job.recording_id)
+        self._check_same_secret(there.source.secret, source.secret)
+        return there
 
     async def get(self, tenant: str, recording_id: str) -> Recording:
         return await self.shelf.get(recording_id, tenant=tenant)
@@ -251,7 +258,7 @@ class Recordings:
             whole[SECRET] = self._seal.close(whole[SECRET])
         if kind in (JobKind.ASK, JobKind.WHEN, JobKind.WATCH) and not str(whole.get("question") or "").strip():
             raise InvalidRequest(f"question: missing; a job of kind {kind} needs one", param="params.question")
-        return await self.jobs.submit(
+        job = await self.jobs.submit(
             tenant=tenant,
             kind=kind,
             params=whole,
@@ -260,17 +267,50 @@ class Recordings:
             recording_id=recording_id,
             quota=self._quota,
         )
+        self._check_same_secret(job.params.get(SECRET), whole.get(SECRET))
+        return job
+
+    async def chunks(
+        self,
+        tenant: str,
+        recording_id: str,
+        *,
+        start_s: float | None,
+        end_s: float | None,
+        after: int | None,
+        limit: int,
+    ) -> Sequence[RecordedChunk]:
+        """Those that reach into a window, in order. `after`: only greater numbers."""
+        check_window(RecordingWindow(recording_id=recording_id, start_s=start_s, end_s=end_s))
+        await self.get(tenant, recording_id)
+        return await self.shelf.chunks(recording_id, start_s=start_s, end_s=end_s, after=after, limit=limit)
+
+    async def segments(
+        self,
+        tenant: str,
+        recording_id: str,
+        *,
+        start_s: float | None,
+        end_s: float | None,
+        after: int | None,
+        limit: int,
+    ) -> Sequence[Segment]:
+        """Those that reach into a window, in order. `after`: only greater numbers."""
+        check_window(RecordingWindow(recording_id=recording_id, start_s=start_s, end_s=end_s))
+        await self.get(tenant, recording_id)
+        return await self.shelf.segments(recording_id, start_s=start_s, end_s=end_s, after=after, limit=limit)
 
     async def coverage(self, tenant: str, recording_id: str, start_s: float | None, end_s: float | None) -> Seen:
-        """Gaps and static stretches of a window; neighbours are joined. Reads every chunk of the window, a thousand at
-        a time."""
+        """Gaps and static stretches of a window, and the frames in it; neighbours are joined, and what lies between
+        chunks is a gap. Reads every chunk of the window, a thousand at a time."""
         check_window(RecordingWindow(recording_id=recording_id, start_s=start_s, end_s=end_s))
         recording = await self.get(tenant, recording_id)
         start = start_s or 0.0
-        end = recording.ingested_s if end_s is None else min(end_s, recording.ingested_s)
+        end = max(start, recording.ingested_s if end_s is None else min(end_s, recording.ingested_s))
         gaps: list[Gap] = []
         static: list[Stretch] = []
         frames = still = lost = count = 0
+        reach_s = start
         after: int | None = None
         while True:
             chunks = await self.shelf.chunks(
@@ -278,20 +318,23 @@ class Recordings:
             )
             for chunk in chunks:
                 count += 1
-                for gap in chunk.gaps:
-                    _join_gap(gaps, gap)
+                for gap in (Gap(start_s=reach_s, end_s=chunk.start_s, reason=NOT_SAMPLED), *chunk.gaps):
+                    _join_gap(gaps, gap, start, end)
+                reach_s = max(reach_s, chunk.end_s)
                 for group in chunk.groups:
-                    frames += len(group.times_s)
-                    lost += len(group.times_s) if group.ref is None else 0
-                    still += len(group.times_s) if group.is_static else 0
-                for stretch in static_of(chunk):
-                    _join(static, stretch, recording.policy)
+                    times_s = _inside(group.times_s, start, end_s)
+                    frames += len(times_s)
+                    lost += len(times_s) if group.ref is None else 0
+                    if group.is_static and times_s:
+                        still += len(times_s)
+                        _join(static, Stretch(start_s=times_s[0], end_s=times_s[-1]), recording.policy)
             if len(chunks) < _CHUNKS_AT_ONCE:
                 break
             after = chunks[-1].number
+        _join_gap(gaps, Gap(start_s=reach_s, end_s=end, reason=NOT_SAMPLED), start, end)
         return Seen(
             start_s=start,
-            end_s=max(start, end),
+            end_s=end,
             frames=frames,
             frames_static=still,
             frames_lost=lost,
@@ -348,6 +391,13 @@ class Recordings:
             await self.get(tenant, recording_id)
         except NotFound:
             await asyncio.to_thread(self.inbox.remove, recording_id)
+
+    def _check_same_secret(self, kept: Any, given: Any) -> None:
+        """Of a request and of what its idempotency key stands for, sealed: a fingerprint leaves secrets out, because it
+        would be a way to guess them. Raises `Conflict`."""
+        opened = [self._seal.open(one) if isinstance(one, str) else None for one in (kept, given)]
+        if opened[0] != opened[1]:
+            raise Conflict("the idempotency key was used with another secret", param="Idempotency-Key")
 
     async def _source(self, tenant: str, new: NewRecording) -> tuple[Source, str]:
         """And a name for it."""
@@ -434,11 +484,21 @@ def _check_reach(window: RecordingWindow, recording: Recording) -> None:
             )
 
 
-def _join_gap(gaps: list[Gap], gap: Gap) -> None:
+def _join_gap(gaps: list[Gap], gap: Gap, start_s: float, end_s: float) -> None:
+    """What of it lies in the window."""
+    gap = replace(gap, start_s=max(gap.start_s, start_s), end_s=min(gap.end_s, end_s))
+    if gap.end_s <= gap.start_s + 1e-6:
+        return
     if gaps and gaps[-1].reason == gap.reason and gap.start_s <= gaps[-1].end_s + 1e-6:
         gaps[-1] = replace(gaps[-1], end_s=max(gaps[-1].end_s, gap.end_s))
     else:
         gaps.append(gap)
+
+
+def _inside(times_s: Sequence[float], start_s: float, end_s: float | None) -> Sequence[float]:
+    if not times_s or (times_s[0] >= start_s and (end_s is None or times_s[-1] < end_s)):
+        return times_s
+    return [at_s for at_s in times_s if at_s >= start_s and (end_s is None or at_s < end_s)]
 
 
 def _join(stretches: list[Stretch], stretch: Stretch, policy: ChunkPolicy) -> None:
