@@ -4,6 +4,10 @@ The database says which groups lie in the window, the planner how they fit (`pla
 Redis, then in the cold store, and are encoded again from the segment's frames when neither has them; averages over
 groups (`pooling.py`) are made of groups' records, and kept in Redis only: they cost a few milliseconds to make again.
 So Redis may be away at any time: answers get slower, never wrong.
+
+A recording outlives the model that it was recorded for. Its groups have names of their own for every other one
+(`Model.ref_of`), under which they are encoded again when they are first asked for; while two models are served, each
+finds its own.
 """
 
 from __future__ import annotations
@@ -16,16 +20,15 @@ from datetime import UTC, datetime
 from typing import Protocol
 
 from nvila.cache.codec import Record, RecordFormat, pack
-from nvila.errors import InvalidMedia, InvalidRequest, Unavailable
+from nvila.errors import InvalidMedia, InvalidRequest, NotFound
 from nvila.model.config import NvilaConfig
+from nvila.recordings.encode import Model
 from nvila.recordings.planner import MOST_POOL, Budget, GroupShape, Planned, Run, Unit, plan_window
 from nvila.recordings.pooling import average, pooled_ref
 from nvila.recordings.types import Group, RecordedChunk, Recording, RecordingState
 from nvila.types import (
     Deadline,
-    EncodeSettings,
     Gap,
-    MediaKind,
     RecordingCoverage,
     RecordingWindow,
     TokensRef,
@@ -63,20 +66,21 @@ class Cold(Protocol):
 
 
 class Encoder(Protocol):
-    """Makes a group's tokens again from the recording's own frames, under the name that they had.
+    """Makes a group's tokens from the recording's own frames, under `model.ref_of(group)`.
 
-    Raises `Unavailable` when the frames are gone or give other tokens than they did.
+    Raises `NotFound` when the frames are gone or are others than they were, `Unavailable` while a service is away.
     """
 
     async def encode_again(
-        self, recording: Recording, group: Group, settings: EncodeSettings, deadline: Deadline
+        self, recording: Recording, group: Group, model: Model, deadline: Deadline
     ) -> VisualTokens: ...
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class OpenWindow:
     """A window with its plan. `groups`: those with tokens, in order of time, one for each unit of the plan. `gaps`: of
-    the window, in order. `sampled`: frames; `dropped`: of them, not decodable. `chunks`: how many it touches."""
+    the window, in order. `sampled`: frames; `dropped`: of them, not decodable. `chunks`: how many it touches. `model`:
+    that its records are to be for; None while that matters to nobody."""
 
     recording: Recording
     start_s: float
@@ -87,6 +91,18 @@ class OpenWindow:
     dropped: int
     chunks: int
     planned: Planned
+    model: Model | None = None
+
+    def served_by(self, config: NvilaConfig, form: RecordFormat) -> OpenWindow:
+        """The same window, with records for this model. Raises `InvalidRequest` when it cannot take its groups."""
+        window = replace(self, model=Model.made_of(config, form))
+        for group in self.groups:
+            window.ref_of(group)
+        return window
+
+    def ref_of(self, group: Group) -> TokensRef:
+        """The record of a group."""
+        return _ref_of(group) if self.model is None else self.model.ref_of(group)
 
     @property
     def refs(self) -> tuple[TokensRef, ...]:
@@ -104,7 +120,7 @@ class OpenWindow:
 
     def ref(self, run: Run) -> TokensRef:
         """The record of a block of the plan."""
-        return pooled_ref([_ref_of(self.groups[place]) for place in run])
+        return pooled_ref([self.ref_of(self.groups[place]) for place in run])
 
     @property
     def is_in_parts(self) -> bool:
@@ -174,29 +190,25 @@ class RecordingWindows:
     ) -> Restored:
         """The tokens of one of the window's records, wherever they can be had, published again if that is possible.
 
-        Raises `Unavailable` when they cannot be had at all.
+        Raises `NotFound` when they cannot be had at all, `Unavailable` while a service is away.
         """
+        model = Model.made_of(config, form)
         groups = window.groups_of(ref.key)
         records: list[VisualTokens] = []
         encoded_frames = 0
-        found = await self._hot.get([_ref_of(group) for group in groups], form) if len(groups) > 1 else {}
+        found = await self._hot.get([model.ref_of(group) for group in groups], form) if len(groups) > 1 else {}
         for group in groups:
             deadline.left_s()
-            tokens = found.get(_ref_of(group).key) or await self._cold.get(_ref_of(group), form)
+            one = model.ref_of(group)
+            tokens = found.get(one.key) or await self._cold.get(one, form)
             if tokens is None:
-                tokens = await self._again(window.recording, group, form, config, deadline)
-                encoded_frames += len(group.times_s)
+                source = await self._shown_first(window.recording, group) if group.is_static else group
+                tokens = await self._encoder.encode_again(window.recording, source, model, deadline)
+                encoded_frames += len(source.times_s)
             records.append(tokens)
         tokens = await asyncio.to_thread(average, records)
         record = await asyncio.to_thread(pack, tokens, group_start_s=[group.times_s[0] for group in groups])
         return Restored(tokens=tokens, is_published=await self._hot.put(record), encoded_frames=encoded_frames)
-
-    async def _again(
-        self, recording: Recording, group: Group, form: RecordFormat, config: NvilaConfig, deadline: Deadline
-    ) -> VisualTokens:
-        settings = encode_settings(config, form)
-        source = await self._shown_first(recording, group) if group.is_static else group
-        return await self._encoder.encode_again(recording, source, settings, deadline)
 
     async def _shown_first(self, recording: Recording, group: Group) -> Group:
         """The group whose frames gave a static group's tokens: the nearest before it that was encoded.
@@ -210,18 +222,7 @@ class RecordingWindows:
                 for other in reversed(chunk.groups):
                     if other.ref == group.ref and not other.is_static:
                         return other
-        raise Unavailable(f"the tokens of {group.times_s[0]:g} s are lost, and the frames that gave them are not known")
-
-
-def encode_settings(config: NvilaConfig, form: RecordFormat) -> EncodeSettings:
-    """How a recording's groups are encoded for a model."""
-    return EncodeSettings(
-        kind=MediaKind.VIDEO,
-        is_tiled=False,
-        pool_sizes=config.pool_sizes,
-        token_dtype=form.dtype,
-        vision_revision=form.vision_revision,
-    )
+        raise NotFound(f"the tokens of {group.times_s[0]:g} s are lost, and the frames that gave them are not known")
 
 
 # -- the window -------------------------------------------------------------------------------------------------------
