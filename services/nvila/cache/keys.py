@@ -58,6 +58,17 @@ def plan_key(
     return _key("nvila plan key", _checked(source_digest), plan.encode(), settings.canonical(), tenant.encode())
 
 
+def settings_key(settings: EncodeSettings) -> str:
+    """Key (64 hex digits) of settings themselves: records of equal ones can be told apart by their pixels alone."""
+    return _key("nvila encode settings", settings.canonical())
+
+
+def renamed_key(key: str, settings: EncodeSettings) -> str:
+    """Key (64 hex digits) of what these settings make of the frames whose record under others has `key`. It is known
+    without the frames, and the tenant is in it, as in `key`."""
+    return _key("nvila renamed record key", bytes.fromhex(key), settings.canonical())
+
+
 def pooled_key(keys: Sequence[str]) -> str:
     """Key (64 hex digits) of the average of these records, in this order; the tenant is in theirs."""
     return _key("nvila pooled record key", *(bytes.fromhex(key) for key in keys))
