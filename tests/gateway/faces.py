@@ -93,13 +93,14 @@ LIMITS = RequestLimits(
     messages=64,
     media=8,
     text_chars=10_000,
+    media_bytes=1 << 20,
     frames=256,
     answer_tokens=1024,
     default_answer_tokens=64,
     timeout_s=60,
     default_timeout_s=30,
 )
-HTTP = HttpSettings(body_bytes=1 << 20, media_bytes=1 << 20, body_s=5, upload_s=5)
+HTTP = HttpSettings(body_bytes=1 << 20, upload_bytes=1 << 20, body_s=5, upload_s=5)
 
 
 @dataclass
@@ -199,7 +200,7 @@ async def serving(
     scratch = Scratch(folder / "scratch")
     files = FileStore(folder / "files", scratch)
     settings = replace(HTTP, **http_settings)
-    uploads = Uploads(folder / "uploads", files, scratch, UploadLimits(file_bytes=settings.media_bytes, silence_s=1))
+    uploads = Uploads(folder / "uploads", files, scratch, UploadLimits(file_bytes=settings.upload_bytes, silence_s=1))
     front = Front(pipeline=pipeline, admission=admission, files=files, limits=limits, metrics=metrics)
     database = Database.open(f"sqlite:///{folder}/recordings.db")
     await database.migrate()

@@ -17,7 +17,7 @@ import httpx
 import pytest
 
 from nvila.errors import LimitExceeded
-from nvila.gateway.app import decode_limits
+from nvila.gateway.app import build, decode_limits
 from nvila.gateway.settings import GatewaySettings
 from nvila.video.probe import check_file
 
@@ -143,6 +143,17 @@ async def test_a_malformed_setting_ends_the_process_with_its_name(tmp_path: Path
     assert process.returncode == 1
     assert b"NVILA_GATEWAY_MAX_FRAMES" in log
     assert b"Traceback" not in log
+
+
+@pytest.mark.parametrize("path", ["/v1/files", "/v1/uploads/up_0"])
+async def test_uploads_have_a_limit_of_their_own_that_is_checked_before_any_byte(path: str) -> None:
+    settings = GatewaySettings(auth="none", max_media_bytes=5, max_upload_bytes=1 << 20, recordings=False)
+    transport = httpx.ASGITransport(build(settings))
+    async with httpx.AsyncClient(transport=transport, base_url="http://gateway") as client:
+        refused = await client.post(path, headers={"Content-Length": f"{2 << 20}"})
+    assert refused.status_code == 413
+    limit = (1 << 20) + ((64 << 10) if path == "/v1/files" else 0)
+    assert f"at most {limit:,} allowed" in refused.json()["error"]["message"]
 
 
 def test_footage_of_a_recording_may_be_larger_than_what_clients_may_send(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ async def _console(
 ) -> AsyncIterator[tuple[Gateway, Page]]:
     pipeline = ScriptedPipeline(script or ScriptedPipeline().script)
     async with (
-        serving(folder, pipeline, media_bytes=64 << 20, is_recording=is_recording, cold=cold) as gateway,
+        serving(folder, pipeline, upload_bytes=64 << 20, is_recording=is_recording, cold=cold) as gateway,
         browser.page() as page,
     ):
         yield gateway, page
@@ -483,7 +483,7 @@ async def test_the_page_and_its_files_come_with_a_strict_policy_and_nothing_else
 
 
 async def test_a_signed_link_reads_one_recordings_video_and_nothing_else(tmp_path: Path) -> None:
-    async with serving(tmp_path, media_bytes=64 << 20) as gateway:
+    async with serving(tmp_path, upload_bytes=64 << 20) as gateway:
         recording_id = await _recorded(gateway, BIKES)
         other_id = await _recorded(gateway, BIKES)
         link = (await gateway.client.post(f"/v1/recordings/{recording_id}/media_link", headers=BEARER)).json()["url"]

@@ -8,6 +8,7 @@ import os
 import socket
 import tracemalloc
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 
 import openai
@@ -19,7 +20,7 @@ from nvila.gateway import multipart
 from nvila.gateway.files import FileStore, look_at, plain_name
 from nvila.gateway.scratch import Scratch
 from nvila.types import MediaKind
-from tests.gateway.faces import BEARER, KEY, OTHER_KEY, Gateway, serving
+from tests.gateway.faces import BEARER, KEY, LIMITS, OTHER_KEY, Gateway, serving
 
 PNG = b"\x89PNG\r\n\x1a\n" + bytes(1000)
 
@@ -302,6 +303,17 @@ async def test_a_large_upload_takes_constant_memory(tmp_path: Path) -> None:
     finally:
         tracemalloc.stop()
         scratch.close()
+
+
+async def test_a_file_may_be_larger_than_a_chat_request_takes(tmp_path: Path) -> None:
+    limits = replace(LIMITS, media_bytes=len(PNG) - 1)
+    async with serving(tmp_path, limits=limits) as gateway:
+        file_id = await _upload(gateway)
+        part = {"type": "file", "file": {"file_id": file_id}}
+        refused = await gateway.ask(messages=[{"role": "user", "content": [part, {"type": "text", "text": "What?"}]}])
+    error = refused.json()["error"]
+    assert (refused.status_code, error["param"]) == (413, "messages[0].content[0].file")
+    assert f"{len(PNG):,} asked, at most {len(PNG) - 1:,} allowed" in error["message"]
 
 
 async def test_an_upload_over_the_limit_is_refused_by_its_header_before_it_is_sent(tmp_path: Path) -> None:

@@ -69,7 +69,7 @@ def build(settings: GatewaySettings) -> FastAPI:
     keys = ApiKeys((key.get_secret_value() for key in settings.api_keys), is_open=settings.auth == "none")
     http_settings = HttpSettings(
         body_bytes=settings.max_body_bytes,
-        media_bytes=settings.max_media_bytes,
+        upload_bytes=settings.max_upload_bytes,
         body_s=settings.body_timeout_s,
         upload_s=settings.upload_timeout_s,
         docs=settings.docs,
@@ -90,7 +90,7 @@ async def _open(settings: GatewaySettings, keys: ApiKeys, opened: AsyncExitStack
     opened.callback(scratch.close)
     files = FileStore(settings.data_dir / "files", scratch)
     resumable = Uploads(
-        settings.data_dir / "uploads", files, scratch, UploadLimits(file_bytes=settings.max_media_bytes)
+        settings.data_dir / "uploads", files, scratch, UploadLimits(file_bytes=settings.max_upload_bytes)
     )
     fetcher = MediaFetcher(
         files=files,
@@ -295,6 +295,7 @@ def request_limits(settings: GatewaySettings) -> RequestLimits:
         messages=settings.max_messages,
         media=settings.max_media,
         text_chars=settings.max_text_chars,
+        media_bytes=settings.max_media_bytes,
         frames=settings.max_frames,
         answer_tokens=settings.max_answer_tokens,
         default_answer_tokens=settings.default_answer_tokens,

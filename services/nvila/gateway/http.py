@@ -51,10 +51,10 @@ def create_app(keys: ApiKeys, settings: HttpSettings, open_services: OpenService
 
     def limit_bytes(path: str) -> int:
         if path == http_files.PATH:
-            return settings.media_bytes + _FORM_BYTES
+            return settings.upload_bytes + _FORM_BYTES
         if path.startswith(f"{http_recordings.PATH}/") and path.endswith(http_recordings.FRAMES):
             return settings.push_bytes
-        return settings.media_bytes if path.startswith(f"{http_uploads.PATH}/") else settings.body_bytes
+        return settings.upload_bytes if path.startswith(f"{http_uploads.PATH}/") else settings.body_bytes
 
     app = FastAPI(
         title="nvila",

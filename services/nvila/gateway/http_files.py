@@ -69,7 +69,7 @@ def add_files(app: FastAPI, settings: HttpSettings) -> None:
         """Keep an image or a video, to be asked about by its id."""
         services.files.check_space(int(request.headers.get("content-length", "0")))
         content_type = request.headers.get("content-type", "")
-        async with services.uploads.permit(), services.scratch.spool(settings.media_bytes, param="file") as spool:
+        async with services.uploads.permit(), services.scratch.spool(settings.upload_bytes, param="file") as spool:
             try:
                 async with asyncio.timeout(settings.upload_s):
                     form = await multipart.receive(request.stream(), content_type, spool)

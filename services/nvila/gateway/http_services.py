@@ -30,7 +30,7 @@ class HttpSettings:
     comments in a silent stream."""
 
     body_bytes: int
-    media_bytes: int
+    upload_bytes: int
     body_s: float
     upload_s: float
     push_bytes: int = 64 << 30

@@ -83,6 +83,7 @@ class RequestLimits:
     messages: int
     media: int
     text_chars: int
+    media_bytes: int
     frames: int
     answer_tokens: int
     default_answer_tokens: int
@@ -227,6 +228,8 @@ async def _source(asked: AskedMedia, tenant: str, files: Files, limits: RequestL
             file = await files.get(tenant, asked.address)
         except NotFound as error:
             raise NotFound(error.message, param=asked.param) from None
+        if file.size_bytes > limits.media_bytes:
+            raise LimitExceeded.of("media bytes", asked=file.size_bytes, limit=limits.media_bytes, param=asked.param)
         return MediaSource(kind=asked.kind or file.kind, file_id=file.id, param=asked.param, sampling=asked.sampling)
     scheme = asked.address[:8].partition(":")[0].lower()
     if scheme not in ("http", "https", "data"):

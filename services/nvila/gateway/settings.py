@@ -90,7 +90,9 @@ class GatewaySettings(BaseSettings):
     max_body_bytes: Count = 32 * _MIB
     """Largest JSON body or gRPC message, media as data included."""
     max_media_bytes: Count = 2048 * _MIB
-    """Largest media file, whether uploaded, fetched or sent as data."""
+    """Largest media file of a chat request, whether uploaded, fetched or sent as data."""
+    max_upload_bytes: Count = 65536 * _MIB
+    """Largest uploaded file: recordings are made of larger ones than a chat request may bring."""
     max_pixels: Count = 64 * _MIB
     """Largest image or video frame: width x height, read from the header."""
     max_frames: Count = 256
