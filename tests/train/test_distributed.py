@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -11,13 +12,18 @@ import pytest
 
 from nvila.errors import InvalidRequest
 from nvila.train.distributed import Ranks
+from nvila.train.nvila_tiny import TOY, learn_merges, make_base
 from nvila.train.plot import read_metrics
 from nvila.train.recipes import RECIPES, recipe_named
+from nvila.train.toy import texts
+
+TWO = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
 
 
-def run(out: Path, recipe: str, *launcher: str) -> list[dict[str, float]]:
+def run(out: Path, recipe: str, *launcher: str, lanes: int | None = 2) -> list[dict[str, float]]:
     program = [*launcher, "-m", "nvila.cli.main", "train", "recipe", recipe, "--from", str(out / "random")]
-    options = ["--out", str(out), "--data", "toy", "--steps", "3", "--lanes", "2", "--in-process"]
+    options = ["--out", str(out), "--data", "toy", "--steps", "3", "--in-process"]
+    options += ["--lanes", str(lanes)] if lanes else []
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run(
         [sys.executable, *program, *options, "--precision", "float32", "--device", "cpu"],
@@ -33,13 +39,10 @@ def run(out: Path, recipe: str, *launcher: str) -> list[dict[str, float]]:
 @pytest.mark.parametrize("recipe", ["nvila-tiny-image", "toy-smoke"])
 def test_two_processes_learn_what_one_does(tmp_path: Path, recipe: str) -> None:
     """The first moves whole matrices, by Muon; the second shares them out."""
-    from nvila.train.nvila_tiny import TOY, learn_merges, make_base
-    from nvila.train.toy import texts
-
     for folder in ("one", "two"):
         make_base(tmp_path / folder / "random", TOY, learn_merges(texts(), 300))
     alone = run(tmp_path / "one", recipe)
-    together = run(tmp_path / "two", recipe, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+    together = run(tmp_path / "two", recipe, *TWO)
 
     for one, two in zip(alone, together, strict=True):
         assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
@@ -50,9 +53,32 @@ def test_two_processes_learn_what_one_does(tmp_path: Path, recipe: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
+def test_two_processes_share_a_recipe_of_one_lane(tmp_path: Path) -> None:
+    make_base(tmp_path / "random", TOY, learn_merges(texts(), 300))
+
+    assert recipe_named("toy-smoke").batch.lanes == 1
+    assert len(run(tmp_path, "toy-smoke", *TWO, lanes=None)) == 3
+    record = json.loads((tmp_path / "toy-smoke" / "run.json").read_text())
+    assert record["recipe"]["batch"]["lanes"] == record["recipe"]["batch"]["rows"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
 def test_two_processes_go_from_stage_to_stage_and_an_error_of_one_ends_both(tmp_path: Path) -> None:
-    program = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    program += ["-m", "nvila.cli.main", "train", "all", "toy", "--out", str(tmp_path), "--steps", "1", "--in-process"]
+    program = [
+        sys.executable,
+        *TWO,
+        "-m",
+        "nvila.cli.main",
+        "train",
+        "all",
+        "toy",
+        "--out",
+        str(tmp_path),
+        "--steps",
+        "1",
+        "--in-process",
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     subprocess.run([*program, "--device", "cpu"], check=True, capture_output=True, env=environment, timeout=400)
     assert all((tmp_path / f"toy-{number}" / "model" / "config.json").exists() for number in range(1, 6))
