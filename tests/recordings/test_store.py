@@ -195,6 +195,40 @@ async def test_segments_are_found_by_window(jobs: JobStore, store: RecordingStor
     assert await store.segment(recording.id, 2) == kept[2]
 
 
+async def test_old_footage_is_that_of_live_recordings_that_are_over_and_is_told_once(
+    jobs: JobStore, store: RecordingStore
+) -> None:
+    made_at = 1_800_000_000.0
+    camera, pushed, runs, file = (
+        made.recording(kind=kind, created_at=made_at)
+        for kind in (SourceKind.RTSP, SourceKind.PUSH, SourceKind.RTSP, SourceKind.FILE)
+    )
+    for one, captured_at in ((camera, made_at + 100), (pushed, 5.0), (runs, made_at), (file, made_at)):
+        await made.submit(jobs, kind=JobKind.INGEST, recording=one)
+        claim = await made.claim(jobs)
+        for number in range(2):
+            segment = Segment(
+                recording_id=one.id,
+                number=number,
+                path=f"segments/{number}",
+                start_s=number * 10.0,
+                duration_s=10.0,
+                size_bytes=1,
+                digest="",
+            )
+            await claim.add_segment(segment)
+        state = RecordingState.LIVE if one is runs else RecordingState.COMPLETE
+        await claim.update_recording(captured_at=captured_at, state=state)
+
+    async def old(ended_before: float) -> set[tuple[str, int]]:
+        return {(one.recording_id, one.number) for one in await store.old_footage(ended_before, limit=10)}
+
+    assert await old(made_at + 15) == {(pushed.id, 0)}, "its clock is the client's, and was long ago when it came"
+    assert await old(made_at + 115) == {(pushed.id, 0), (pushed.id, 1), (camera.id, 0)}
+    await store.forget_path(await store.segment(pushed.id, 0))
+    assert await old(made_at + 115) == {(pushed.id, 1), (camera.id, 0)}
+
+
 async def test_what_a_worker_says_of_a_recording_is_shown(jobs: JobStore, store: RecordingStore) -> None:
     recording = made.recording(kind=SourceKind.RTSP)
     await made.submit(jobs, kind=JobKind.INGEST, recording=recording)
