@@ -4,17 +4,18 @@ score(x) = log p_large(answer) − log p_small(answer), summed over the answer's
 loss of the large one. What both find easy teaches nothing, what both find hard may be noise; the top share of every
 data set is kept. Two baselines: chance, and evenly from clusters of what the small model sees.
 
-The result is, for each data set, the sample numbers to leave out, as `train/data/mixture.py` takes them: `name@FILE`.
+The result is, for each data set, the sample numbers to leave out, as `train/data/mixture.py` takes them (`name@FILE`);
+for generated data, those to keep (`listed:FILE`, `train/feed.py`).
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -23,25 +24,29 @@ from numpy.typing import NDArray
 from nvila.errors import InvalidRequest
 from nvila.model.checkpoint import Checkpoint
 from nvila.model.save import write_json
+from nvila.train.data.catalogue import make_sample
+from nvila.train.data.draw import Split
+from nvila.train.data.mixture import Source, open_mixture
+from nvila.train.data.stream import read
 from nvila.train.distributed import Ranks
 from nvila.train.model import Row, TrainableNvila
 from nvila.train.prepare import Prepared, PrepareSettings, check_fits, prepare
-from nvila.train.samples import Sample
+from nvila.train.samples import Sample, Unusable
+from nvila.train.synthetic import PREFIX, families
 from nvila.train.tables import Table
 
 CLUSTERS = 32
 """Of the cluster baseline, at most; fewer for small data sets."""
 
 
-class Numbered(Protocol):
-    """A data set whose samples have numbers."""
+@dataclass(frozen=True, kw_only=True)
+class DataSet:
+    """`indices`: samples that the mixture takes, `times` times an epoch; `written`: its name there."""
 
-    @property
-    def name(self) -> str: ...
-
-    def __len__(self) -> int: ...
-
-    def load(self, index: int) -> Sample: ...
+    source: Source
+    indices: Sequence[int]
+    written: str = ""
+    times: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +66,8 @@ class Scored:
 
 @dataclass(frozen=True, kw_only=True)
 class Pruned:
-    """What became of one data set. `leave_out`: file with the numbers of the samples that are not kept."""
+    """What became of one data set. `samples`: that were looked at; `leave_out`: file with the numbers of all those that
+    are not kept."""
 
     name: str
     samples: int
@@ -74,17 +80,15 @@ class Pruned:
 
 @dataclass(frozen=True, kw_only=True)
 class PruneReport:
+    """`mixture`: to train on what is kept, `--data`."""
+
     by: str
     keep: float
     sets: tuple[Pruned, ...]
-
-    @property
-    def mixture(self) -> str:
-        """To train on what is kept: `--data`."""
-        return "+".join(f"{pruned.name}@{pruned.leave_out}" for pruned in self.sets)
+    mixture: str
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"mixture": self.mixture}
+        return asdict(self)
 
     def to_markdown(self) -> str:
         table = Table(
@@ -110,7 +114,8 @@ def prune(
     seed: int = 0,
 ) -> PruneReport:
     """Score every data set of a mixture, choose, and write `out/<name>.json` (what to leave out), `out/kept.json` (what
-    stays, by set) and `out/scores-<name>.jsonl`."""
+    stays, by set) and `out/scores-<name>.jsonl`. `limit`: look only at the first so many samples of each data set; the
+    others are left out too."""
     if not 0 < keep <= 1:
         raise InvalidRequest(f"a share of {keep} cannot be kept: more than 0, at most 1", param="keep")
     if by == "delta" and large is None:
@@ -119,102 +124,106 @@ def prune(
     models = {"small": _load(small, device)} | ({"large": _load(large, device)} if large and by == "delta" else {})
     pruned = []
     kept_numbers: dict[str, list[int]] = {}
-    for source in open_numbered(data):
-        count = min(len(source), limit or len(source))
+    sets = open_sets(data)
+    for part in sets:
+        source, looked_at = part.source, part.indices[:limit]
         if by == "random":
-            usable = list(range(count))
-            scores = np.random.Generator(np.random.PCG64(seed)).random(count)
-            chosen, deltas = top(scores, keep), dict.fromkeys(usable, 0.0)
+            usable = list(looked_at)
+            scores = np.random.Generator(np.random.PCG64(seed)).random(len(usable))
+            chosen, deltas = [usable[i] for i in top(scores, keep)], dict.fromkeys(usable, 0.0)
         elif by == "cluster":
-            usable, seen = _look(models["small"], source, count)
+            usable, seen = _look(models["small"], source, looked_at)
             chosen, deltas = [usable[i] for i in spread(seen, keep, seed)], dict.fromkeys(usable, 0.0)
         else:
-            scored = list(score(models["large"], models["small"], source, count))
+            scored = list(score(models["large"], models["small"], source, looked_at))
             usable = [one.index for one in scored]
             _write_scores(out / f"scores-{source.name}.jsonl", scored)
             chosen = [usable[i] for i in top(np.array([one.delta for one in scored]), keep)]
             deltas = {one.index: one.delta for one in scored}
         kept = set(chosen)
-        left = [i for i in range(count) if i not in kept]
+        left = [i for i in range(len(source)) if i not in kept]
         target = out / f"{source.name}.json"
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(left), "utf-8")
         pruned.append(
             Pruned(
                 name=source.name,
-                samples=count,
+                samples=len(looked_at),
                 kept=len(kept),
-                unusable=count - len(usable),
+                unusable=len(looked_at) - len(usable),
                 mean_delta_kept=_mean([deltas[i] for i in kept]),
                 mean_delta_left=_mean([deltas[i] for i in left if i in deltas]),
-                leave_out=str(target),
+                leave_out=str(target.resolve()),
             )
         )
         kept_numbers[source.name] = sorted(kept)
     write_json(out / "kept.json", kept_numbers)
-    report = PruneReport(by=by, keep=keep, sets=tuple(pruned))
+    report = PruneReport(by=by, keep=keep, sets=tuple(pruned), mixture=_mixture(data, sets, pruned, out))
     write_json(out / "report.json", report.to_json())
     return report
 
 
-def open_numbered(data: str) -> list[Numbered]:
+def open_sets(data: str) -> list[DataSet]:
     """The data sets of a mixture; generated ones by family, 1,000 samples each."""
-    if data == "toy" or data.startswith("synthetic:"):
-        return _generated(data)
-    from nvila.train.data.mixture import open_mixture
-
+    if data.startswith(PREFIX):
+        generated = [_Generated(name) for name, _ in families(data.removeprefix(PREFIX))]
+        return [DataSet(source=source, indices=range(len(source))) for source in generated]
     folder, _, text = data.rpartition("::")
-    return [part.source for part in open_mixture(text, Path(folder or ".")).parts]
+    return [
+        DataSet(source=part.source, indices=part.indices, written=_NAME.split(piece.strip())[0], times=part.times)
+        for piece, part in zip(text.split("+"), open_mixture(text, Path(folder or ".")).parts, strict=True)
+    ]
 
 
-def _generated(data: str) -> list[Numbered]:
-    if data == "toy":
-        return [_Generated("toy", data)]
-    from nvila.train.synthetic import families
-
-    return [_Generated(name, name) for name, _ in families(data.partition(":")[2])]
+_NAME = re.compile(r"[@*]")
+"""What ends a name in a mixture."""
 
 
-@dataclass(frozen=True)
+def _mixture(data: str, sets: Sequence[DataSet], pruned: Sequence[Pruned], out: Path) -> str:
+    if data.startswith(PREFIX):
+        return f"listed:{(out / 'kept.json').resolve()}"
+    folder, colons, _ = data.rpartition("::")
+    parts = [f"{part.written}@{one.leave_out}*{part.times}" for part, one in zip(sets, pruned, strict=True) if one.kept]
+    return folder + colons + "+".join(part.removesuffix("*1") for part in parts)
+
+
+@dataclass
 class _Generated:
     name: str
-    family: str
 
     def __len__(self) -> int:
         return 1000
 
+    def where(self, index: int) -> str:
+        return f"{self.name}:{index}"
+
     def load(self, index: int) -> Sample:
-        if self.family == "toy":
-            from nvila.train.toy import make
-
-            return make(index, 0, is_video=index % 4 == 3)
-        from nvila.train.data.catalogue import make_sample
-        from nvila.train.data.draw import Split
-
-        return make_sample(self.family, Split.TRAIN, 0, index)
+        return make_sample(self.name, Split.TRAIN, 0, index)
 
 
 # -- scores -----------------------------------------------------------------------------------------------------------
 
 
-def score(large: TrainableNvila, small: TrainableNvila, source: Numbered, count: int) -> Iterator[Scored]:
-    """Both models' losses on the answers; samples that cannot be used are left out."""
-    for index, task, by_large in _ready(large, source, count):
-        (_, _, by_small) = next(_ready(small, source, index + 1, first=index))
-        yield Scored(
-            index=index,
-            task=task,
-            large=_loss(large, by_large),
-            small=_loss(small, by_small),
-            targets=by_large.targets,
-        )
+def score(large: TrainableNvila, small: TrainableNvila, source: Source, indices: Sequence[int]) -> Iterator[Scored]:
+    """Both models' losses on the answers; samples that either cannot use are left out."""
+    for index, task, by_large in _ready(large, source, indices):
+        for _, _, by_small in _ready(small, source, [index]):
+            yield Scored(
+                index=index,
+                task=task,
+                large=_loss(large, by_large),
+                small=_loss(small, by_small),
+                targets=by_large.targets,
+            )
 
 
-def _ready(model: TrainableNvila, source: Numbered, count: int, first: int = 0) -> Iterator[tuple[int, str, Prepared]]:
+def _ready(model: TrainableNvila, source: Source, indices: Sequence[int]) -> Iterator[tuple[int, str, Prepared]]:
     settings = PrepareSettings(max_positions=model.config.max_positions, tiles_every_image=False, frames=(32,))
-    for index in islice(range(count), first, None):
+    for index in indices:
+        sample = read(source, index)
+        if isinstance(sample, Unusable):
+            continue
         try:
-            sample = source.load(index)
             ready = prepare(sample, model.config, model.tokenizer, settings)
             check_fits(ready, settings.max_positions)
         except InvalidRequest:
@@ -236,10 +245,10 @@ def top(scores: NDArray[np.float64], keep: float) -> list[int]:
 # -- the cluster baseline ---------------------------------------------------------------------------------------------
 
 
-def _look(model: TrainableNvila, source: Numbered, count: int) -> tuple[list[int], NDArray[np.float64]]:
+def _look(model: TrainableNvila, source: Source, looked_at: Sequence[int]) -> tuple[list[int], NDArray[np.float64]]:
     """What the small model's projector makes of each sample's media, averaged."""
     indices, seen = [], []
-    for index, _, ready in _ready(model, source, count):
+    for index, _, ready in _ready(model, source, looked_at):
         with torch.inference_mode():
             values_TD = model.see(Row.of([ready], model.device))
         indices.append(index)
@@ -249,6 +258,8 @@ def _look(model: TrainableNvila, source: Numbered, count: int) -> tuple[list[int
 
 def spread(points_ND: NDArray[np.float64], keep: float, seed: int = 0) -> list[int]:
     """Numbers of a share of the points, evenly from k-means clusters, nearest to their middle first."""
+    if not len(points_ND):
+        return []
     total = max(1, round(keep * len(points_ND)))
     middles, owner = _cluster(points_ND, min(CLUSTERS, len(points_ND)), seed)
     far = np.linalg.norm(points_ND - middles[owner], axis=1)
@@ -268,7 +279,8 @@ def _cluster(
     middles = points_ND[draw.choice(len(points_ND), count, replace=False)]
     owner = np.zeros(len(points_ND), np.int64)
     for _ in range(rounds):
-        owner = ((points_ND[:, None] - middles[None]) ** 2).sum(-1).argmin(1)
+        # Squared distances but for the point's own square, which is the same to every middle.
+        owner = ((middles**2).sum(1) - 2 * points_ND @ middles.T).argmin(1)
         middles = np.stack([points_ND[owner == k].mean(0) if (owner == k).any() else middles[k] for k in range(count)])
     return middles, owner
 
