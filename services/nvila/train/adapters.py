@@ -26,6 +26,7 @@ def freeze_all_but_norms(tower: nn.Module) -> None:
 def adapt(model: TrainableNvila, settings: Adapters) -> None:
     """Put adapters on every linear layer of the chosen sides, but not on the output head; the layers themselves freeze.
 
+    What is stored in 4 bits is packed where the model is: on the processor, so that a GPU never holds it whole.
     Raises `InvalidRequest` where 4 bits are asked for and cannot be had.
     """
     from peft import LoraConfig, inject_adapter_in_model
@@ -37,7 +38,10 @@ def adapt(model: TrainableNvila, settings: Adapters) -> None:
         }
         module.requires_grad_(False)
         if side == LLM and settings.bits == 4:
-            _store_in_4_bits(module)
+            obstacle = obstacle_to_4_bits()
+            if obstacle:
+                raise InvalidRequest(obstacle)
+            store_in_4_bits(module)
         names = sorted(
             {n.rpartition(".")[2] for n, m in module.named_modules() if isinstance(m, nn.Linear)} - {"lm_head"}
         )
@@ -63,9 +67,10 @@ def merge(model: TrainableNvila) -> None:
         for name, layer in list(module.named_modules()):
             if not hasattr(layer, "get_base_layer") or not hasattr(layer, "merge"):
                 continue
+            layer.base_layer = _plain(layer.get_base_layer())
             layer.merge(safe_merge=True)
             parent = module.get_submodule(name.rpartition(".")[0])
-            setattr(parent, name.rpartition(".")[2], _plain(layer.get_base_layer()))
+            setattr(parent, name.rpartition(".")[2], layer.get_base_layer())
 
 
 def _plain(base: nn.Module) -> nn.Module:
@@ -83,14 +88,21 @@ def _plain(base: nn.Module) -> nn.Module:
     return plain
 
 
-def _store_in_4_bits(llm: nn.Module) -> None:
-    """nf4 with double quantisation in place of every linear layer but the head; quantised on arrival at the GPU."""
+def obstacle_to_4_bits() -> str:
+    """Why a language model cannot be trained in 4 bits here; empty if it can."""
     if not torch.cuda.is_available():
-        raise InvalidRequest("QLoRA stores the language model in 4 bits, which needs an NVIDIA GPU; use finetune-lora")
+        return "QLoRA stores the language model in 4 bits, which needs an NVIDIA GPU; use finetune-lora"
     try:
-        import bitsandbytes
+        import bitsandbytes  # noqa: F401
     except ImportError as error:
-        raise InvalidRequest(f"QLoRA needs the package bitsandbytes: {error}") from error
+        return f"QLoRA needs the package bitsandbytes: {error}"
+    return ""
+
+
+def store_in_4_bits(llm: nn.Module) -> None:
+    """nf4 with double quantisation in place of every linear layer but the head."""
+    import bitsandbytes
+
     for name, layer in list(llm.named_modules()):
         if not isinstance(layer, nn.Linear) or name.endswith("lm_head"):
             continue
