@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -25,6 +27,8 @@ from nvila.train.model import TrainableNvila
 from tests.quantize.conftest import CPU
 
 Made = tuple[Checkpoint, Report]
+
+TURNS = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "waves"}]
 
 
 def test_every_layer_stays_near_its_original_on_pictures_held_out(made: Made) -> None:
@@ -91,6 +95,20 @@ def test_what_is_held_out_was_not_calibrated_with(tiny: Checkpoint, data: Data) 
     seen, held_out = (collect_tiles(tiny.config, data, 8, is_held_out=side) for side in (False, True))
 
     assert not any(torch.equal(one, other) for one in seen for other in held_out)
+
+
+def test_no_sample_of_small_data_is_both_calibrated_with_and_held_out(pictures: Path, tmp_path: Path) -> None:
+    """However often they are gone through."""
+    folder = Path(shutil.copytree(pictures, tmp_path / "own"))
+    records = [{"image": path.name, "conversations": TURNS} for path in sorted(folder.glob("*.png"))]
+    (folder / "own.json").write_text(json.dumps(records))
+    data = Data(mixture=f"{folder}::own")
+
+    seen, held_out = ({one.index for one in islice(data.samples(is_held_out=side), 12)} for side in (False, True))
+
+    assert (seen, held_out) == ({0, 2, 4}, {1, 3, 5})
+    (folder / "own.json").write_text(json.dumps(records[:1]))
+    assert list(data.samples(is_held_out=True)) == []
 
 
 def test_rendered_pages_are_taken_where_nothing_is_named(tiny: Checkpoint) -> None:

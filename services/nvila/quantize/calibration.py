@@ -32,6 +32,8 @@ TILES_OF_ONE = 4
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tiff")
 VIDEOS = (".mp4", ".mkv", ".webm", ".mov", ".avi")
 _CLIP_FRAMES = 16
+_ENDLESS = 1000
+"""Counts as an epoch of data that have none."""
 _QUESTION = "Describe what can be seen."
 
 
@@ -49,14 +51,25 @@ class Data:
     def samples(self, *, is_held_out: bool) -> Iterator[Sample]:
         """Media and rendered samples in turn, without end while there is a mixture. Raises `InvalidRequest` and its kin
         for media that cannot be read."""
-        real = iter(self._real(is_held_out))
-        lane = int(is_held_out)
-        mixed = usable(open_source(self.mixture, lane=lane, lanes=2, seed=self.seed) if self.mixture else ())
+        real, mixed = iter(self._real(is_held_out)), self._mixed(is_held_out)
         while True:
             turn = [*islice(real, 1), *islice(mixed, 1)]
             if not turn:
                 return
             yield from turn
+
+    def _mixed(self, is_held_out: bool) -> Iterator[Sample]:
+        """Those with odd numbers are held out, in every epoch. Ends with one that has none."""
+        if not self.mixture:
+            return
+        source = open_source(self.mixture, lane=0, lanes=1, seed=self.seed)
+        stream, found = iter(source), 1
+        while found:
+            found = 0
+            for sample in usable(islice(stream, len(source) or _ENDLESS)):
+                if sample.index % 2 == is_held_out:
+                    found += 1
+                    yield sample
 
     def _real(self, is_held_out: bool) -> list[Sample]:
         found = []
