@@ -127,7 +127,7 @@ def test_checkpoints_are_compared_each_with_its_own_tokens_and_what_cannot_be_re
     report = json.loads(capsys.readouterr().out)
     assert report["differences"][-1]["samples"] == 1
     assert len(report["left_out"]) == 1
-    assert "wrong JSON" in report["left_out"][0]
+    assert report["left_out"][0].startswith("own-test.json:4: wrong JSON")
 
     asked = ["evaluate", str(tmp_path), "--model", checkpoint, "--max-tokens", "3", "--json"]
     assert main([*asked, "--device", "cpu"]) == 0

@@ -17,11 +17,12 @@ from nvila.cli.checkpoint import find_model
 from nvila.errors import InvalidRequest, NotFound
 from nvila.train.data.media import VideoReading
 from nvila.train.data.mixture import Source, open_source
+from nvila.train.data.stream import read
 from nvila.train.evaluation import compare, report
 from nvila.train.evaluation.adapters import BenchmarkSource
 from nvila.train.evaluation.baselines import Chance, Statistics
 from nvila.train.evaluation.run import Answer, Answerer, TextOnly, evaluate, read_answers
-from nvila.train.samples import Sample
+from nvila.train.samples import Sample, Unusable
 from nvila.types import TokenDtype
 
 if TYPE_CHECKING:
@@ -118,10 +119,11 @@ def _samples(sources: list[Source], limit: int | None, bad: list[str]) -> Iterat
     """In order; what cannot be read is left out and named in `bad`."""
     for source in sources:
         for index in range(min(len(source), limit or len(source))):
-            try:
-                yield source.load(index)
-            except (InvalidRequest, NotFound) as error:
-                bad.append(f"{source.where(index)}: {error.message}")
+            sample = read(source, index)
+            if isinstance(sample, Unusable):
+                bad.append(str(sample))
+            else:
+                yield sample
 
 
 def _answerer(args: argparse.Namespace, names: list[str]) -> Answerer:
