@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 from collections.abc import AsyncIterator, Iterable
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import psutil
 import pytest
 from PIL import Image
 
-from nvila.errors import InvalidMedia, InvalidRequest, NotFound, Unavailable
+from nvila.errors import InvalidMedia, InvalidRequest, MediaUnavailable, NotFound, Unavailable
 from nvila.recordings.cold import ColdStore
 from nvila.recordings.encode import GroupEncoder, LostTokens, Model
 from nvila.recordings.ingest import DeleteHandler
@@ -20,9 +21,9 @@ from nvila.recordings.jobs import JobStore
 from nvila.recordings.store import RecordingStore
 from nvila.recordings.types import ChunkPolicy, JobKind, RecordedChunk, Recording, RecordingState
 from nvila.telemetry.metrics import Metrics
-from nvila.types import Deadline
+from nvila.types import Deadline, MediaSource
 from nvila.video.pool import DecodePool
-from tests.recordings.taking import CARD, Hot, Taking, Told, Uploads, Vision, write_clip
+from tests.recordings.taking import CARD, Hot, Local, Taking, Told, Uploads, Vision, write_clip
 from tests.video.conftest import decode_pool
 
 _MOVING = ChunkPolicy(fps=1.0, chunk_s=16.0)
@@ -207,6 +208,27 @@ async def test_a_file_that_is_no_video_fails_the_recording_and_says_why(taking: 
         await taking.handler()(await taking.claim())
     recording = await taking.shelf.get(recording_id, tenant="acme")
     assert (recording.state, recording.error_code) == (RecordingState.FAILED, "invalid_media")
+
+
+async def test_a_source_whose_host_is_away_does_not_fail_the_recording(taking: Taking, tmp_path: Path) -> None:
+    class Away(Uploads):
+        @asynccontextmanager
+        async def open(self, source: MediaSource, tenant: str, deadline: Deadline) -> AsyncIterator[Local]:
+            raise MediaUnavailable("the host of the media address answered 503", param="url")
+            yield
+
+    path = write_clip(tmp_path / "a.mp4", 4.0)
+    there, taking.uploads = taking.uploads, Away()
+    recording_id = await taking.submit(path, _MOVING)
+    claim = await taking.claim()
+    with pytest.raises(MediaUnavailable):
+        await taking.handler()(claim)
+    recording = await taking.shelf.get(recording_id, tenant="acme")
+    assert (recording.state, recording.error_code) == (RecordingState.WAITING, "")
+    taking.uploads = there
+    there.paths[recording_id] = path
+    await taking.handler()(claim)
+    assert (await taking.shelf.get(recording_id, tenant="acme")).state is RecordingState.COMPLETE
 
 
 async def test_a_policy_that_means_nothing_fails_the_recording(taking: Taking, tmp_path: Path) -> None:
