@@ -20,7 +20,7 @@ import av
 import pytest
 from PIL import Image
 
-from nvila.errors import LimitExceeded
+from nvila.errors import DeadlineExceeded, LimitExceeded
 from nvila.recordings.cold import ColdStore
 from nvila.recordings.jobs import JobStore
 from nvila.recordings.types import Counters, Group, JobKind, RecordedChunk, RecordingState
@@ -327,8 +327,17 @@ async def test_a_question_that_fails_says_why_in_its_place(tmp_path: Path, brows
         assert await page.run("document.querySelector('.send').disabled") is False
 
 
-async def test_a_question_too_long_for_one_request_is_asked_as_a_job(tmp_path: Path, browser: Browser) -> None:
-    async with _console(tmp_path, browser, [LimitExceeded("parts: 29 needed, at most 16 allowed")]) as (gateway, page):
+@pytest.mark.parametrize(
+    "script",
+    [
+        [LimitExceeded("parts: 29 needed, at most 16 allowed")],
+        ["In ", DeadlineExceeded("9 model calls are needed, about 90 s more, and 20 s are left")],
+    ],
+)
+async def test_a_question_too_long_for_one_request_is_asked_as_a_job(
+    tmp_path: Path, browser: Browser, script: list[Any]
+) -> None:
+    async with _console(tmp_path, browser, script) as (gateway, page):
         recording_id = await _recorded(gateway, None)
         await _sign_in(gateway, page, f"#/{recording_id}")
         await page.until("document.querySelector('#question')")
