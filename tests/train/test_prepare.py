@@ -85,7 +85,7 @@ def test_what_is_read_is_learned_letter_by_letter_and_is_the_same_text(checkpoin
 @pytest.mark.parametrize(("family", "kept"), [("describing", "Ġ"), ("when", "<t")])
 def test_what_is_named_and_times_keep_their_own_tokens(checkpoint: Checkpoint, family: str, kept: str) -> None:
     said: set[str] = set()
-    for index in range(8):
+    for index in range(24):
         sample = make_sample(family, Split.TRAIN, 0, index)
         tokens = learned(checkpoint, made(checkpoint, sample, replace(PLAIN, spells=True)))
         assert tokens == learned(checkpoint, made(checkpoint, sample, PLAIN))
@@ -126,6 +126,14 @@ def test_cues_are_answered_at_once(checkpoint: Checkpoint) -> None:
         for turn in range(len(sample.messages) // 2 + 1, int(ready.turns_P.max()) + 1)
     ]
     assert learned_last == [answer for _, answer in sample.cues]
+
+
+def test_times_in_cues_are_time_tokens(checkpoint: Checkpoint) -> None:
+    sample = make_sample("narrating", Split.TRAIN, 5, 1, replace(SMALL, questions=5))
+    ready = made(checkpoint, sample, replace(PLAIN, asks_apart=True, max_positions=4096))
+
+    assert any(cue.endswith(" time") for cue, _ in sample.cues)
+    assert {"<t0>", "<t67>"} <= set(learned(checkpoint, ready))
 
 
 def test_one_conversation_in_four_stays_whole_so_that_what_was_said_before_is_used_too(checkpoint: Checkpoint) -> None:

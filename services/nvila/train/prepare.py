@@ -113,7 +113,9 @@ def prepare(sample: Sample, config: NvilaConfig, tokenizer: ChatTokenizer, setti
     ]
     (ids, labels, rows), turns = laid[0], np.zeros(len(laid[0][0]), np.int64)
     if is_apart:
-        ids, labels, turns = _side_by_side(laid, [_cue(cue, answer, tokenizer) for cue, answer in sample.cues])
+        ids, labels, turns = _side_by_side(
+            laid, [_cue(cue, _timed_text(answer, sample, config), tokenizer) for cue, answer in sample.cues]
+        )
     if settings.names_tokens and sample.truth_KHW is not None:
         block_size = tiled[0][0].block_size or (1, 1)
         _name_tokens(labels, np.flatnonzero(ids == VISUAL), block_size, sample, sample.truth_KHW, tokenizer)
@@ -310,15 +312,11 @@ def _tiles(
 
 def _timed(sample: Sample, config: NvilaConfig) -> tuple[Message, ...]:
     """Seconds in answers become time tokens, where the model has them and the sample a video; questions stay."""
-    if not config.time_tokens or sample.duration_s <= 0:
-        return sample.messages
     return tuple(
         replace(
             message,
             parts=tuple(
-                TextPart(encode_times(part.text, sample.duration_s, config.time_tokens, config.time_token_format))
-                if isinstance(part, TextPart)
-                else part
+                TextPart(_timed_text(part.text, sample, config)) if isinstance(part, TextPart) else part
                 for part in message.parts
             ),
         )
@@ -326,6 +324,12 @@ def _timed(sample: Sample, config: NvilaConfig) -> tuple[Message, ...]:
         else message
         for message in sample.messages
     )
+
+
+def _timed_text(text: str, sample: Sample, config: NvilaConfig) -> str:
+    if not config.time_tokens or sample.duration_s <= 0:
+        return text
+    return encode_times(text, sample.duration_s, config.time_tokens, config.time_token_format)
 
 
 def _places(layout: Layout, media: Sequence[PromptMedia]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -299,7 +299,7 @@ TINY_SHARE = {
 
 TINY_SCALES = (224, 448)
 TINY_POOLS = ((8, 1, 1),)
-TINY_ONE_TILE = "synthetic:describing*6+page*2+reading*2+shapes*2+scene*2+pairs@60000>28"
+TINY_ONE_TILE = "synthetic:describing*6+page*3+reading+shapes>28"
 TINY_SEEING = "synthetic:describing*6+page*3+reading*2+images*4"
 TINY_IMAGES = "synthetic:describing*2+page*2+reading+images*6"
 TINY_TOWER_LR = 1e-4

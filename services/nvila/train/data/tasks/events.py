@@ -175,22 +175,29 @@ def narrate(draw: Draw) -> Made:
     told = ", ".join(f"{name} {_times(a, b, fps)}" for name, (a, b) in zip(names, turns, strict=True))
     asked: list[Turn] = [(draw.one_of(STORY_QUESTIONS), told or NOTHING)]
     asked += [(LABEL, ", ".join(names) or NOTHING), (CAPTION, _caption(names)), *_whether(draw, things)]
+    cues: list[Turn] = []
     for name in dict.fromkeys(names):
         often = names.count(name)
+        cues.append((f"{name} number", f" {often}"))
         asked.append((draw.one_of(FLASHES_QUESTIONS).format(name), str(often)))
         if often == 1:
             asked.append((draw.one_of(WHEN_QUESTIONS).format(name), _times(*turns[names.index(name)], fps)))
+            cues.append((f"{name} time", _times(*turns[names.index(name)], fps)))
     for noun, traits in (("color", [hue for hue, _ in things]), ("shape", [kind for _, kind in things])):
         for place, trait in enumerate(traits):
             spoken = "last" if place == len(things) - 1 and draw.chance(0.5) else ORDINALS[place]
             asked.append((draw.one_of(PLACE_QUESTIONS).format(noun=noun, place=spoken), trait))
+            cues.append((f"{spoken} {noun}", f" {trait}"))
         if len(set(traits)) == len(things) > 1:
             one, other = draw.some_of(range(len(things)), 2)
             earlier = draw.one_of(EARLIER_QUESTIONS).format(traits[one], traits[other])
             asked.append((earlier, traits[min(one, other)]))
+            cues += [
+                (f"{traits[i]}, {traits[j]} first", f" {traits[min(i, j)]}") for i, j in ((one, other), (other, one))
+            ]
     (question, answer), more = told_last(draw, asked)
     made = _made(draw, "story", question, answer, frames, shows, [hue for hue, _ in things])
-    return replace(made, more=more)
+    return replace(made, more=more, cues=tuple(draw.some_of(cues, min(len(cues), 2 * draw.knobs.questions))))
 
 
 def _cut(draw: Draw, frames: int) -> tuple[int, int]:
