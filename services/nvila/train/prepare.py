@@ -244,7 +244,7 @@ def _name_tokens(
     tokenizer: ChatTokenizer,
 ) -> None:
     """What a visual token shows is to be said right where it stands: the letter in its middle or beside it, else the
-    shape or its colour, else in which row or column of thirds it is. Answers alone teach too slowly how visual tokens
+    shape, its colour, or in which row or column of thirds it is. Answers alone teach too slowly how visual tokens
     read, and hardly where they are."""
     tiles = block_size[0] * block_size[1]
     side = math.isqrt(len(visual_V) // tiles)
@@ -261,17 +261,17 @@ def _name_tokens(
     for other_V in others:
         letter_V = np.where(letter_V == 0, other_V, letter_V)
     shape_V, color_V = (truth_KHW[kind][rows[:, None], columns[None]].reshape(-1) for kind in (SHAPE, COLOR))
-    chance_V2 = np.random.Generator(np.random.PCG64(sample.index)).random((len(visual_V), 2))
-    for at, cell, letter, shape, color, (which, unlabelled) in zip(
-        visual_V, np.ndindex(cells), letter_V, shape_V, color_V, chance_V2, strict=True
+    chance_V3 = np.random.Generator(np.random.PCG64(sample.index)).random((len(visual_V), 3))
+    for at, cell, letter, shape, color, (which, word, unlabelled) in zip(
+        visual_V, np.ndindex(cells), letter_V, shape_V, color_V, chance_V3, strict=True
     ):
+        where = place((cell[1] + 0.5) / cells[1], (cell[0] + 0.5) / cells[0]).split()
         if letter:
             name = LETTERS[letter - 1]
-        elif shape:
-            name = " " + (SHAPES[shape - 1] if which < 0.5 else COLOUR_NAMES[color - 1])
-        elif unlabelled > UNLABELLED:
-            words = place((cell[1] + 0.5) / cells[1], (cell[0] + 0.5) / cells[0]).split()
-            name = words[int(which * len(words))]
+        elif shape and which < 2 / 3:
+            name = " " + (SHAPES[shape - 1] if which < 1 / 3 else COLOUR_NAMES[color - 1])
+        elif shape or unlabelled > UNLABELLED:
+            name = where[int(word * len(where))]
         else:
             continue
         labels_P[at + 1] = tokenizer.encode(name)[0]

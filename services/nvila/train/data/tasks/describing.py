@@ -29,9 +29,9 @@ At = tuple[float, float]
 
 def make(draw: Draw) -> Made:
     count = draw.whole(1, draw.knobs.objects)
-    hues, kinds = draw.some_of(tuple(COLOURS), draw.whole(1, 4)), draw.some_of(SHAPES, draw.whole(1, 4))
+    hues, kinds = draw.some_of(tuple(COLOURS), draw.whole(1, 3)), draw.some_of(SHAPES, draw.whole(1, 3))
     things: list[Thing] = [(draw.one_of(hues), draw.one_of(kinds)) for _ in range(count)]
-    if draw.chance(0.7):  # else what is asked for can be guessed: most of few things look alike
+    if draw.chance(0.5):  # else what is asked for can be guessed: most of few things look alike
         things = [*zip(draw.some_of(tuple(COLOURS), count), draw.some_of(SHAPES, count), strict=True)]
     picture, centres, truth_KHW = arrange(draw, things, draw.knobs.canvas_px // 2)
     order = sorted(range(count), key=lambda i: (_third(centres[i][1]), centres[i][0]))
