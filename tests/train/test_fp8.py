@@ -34,6 +34,7 @@ def test_the_table_of_speeds_leaves_open_what_cannot_run() -> None:
     assert "Open: FP8 training needs" in table.to_markdown()
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own import
 def test_projections_and_mlps_are_compiled_where_training_calls_them() -> None:
     """And nothing that sees the lengths of a row's samples."""
     config = Qwen2Config(
