@@ -175,6 +175,32 @@ class Taking:
     limits: IngestLimits = field(default_factory=IngestLimits)
     recovery_s: float = 0.5
 
+    @classmethod
+    def over(
+        cls,
+        store: RecordingStore,
+        jobs: JobStore,
+        frames: Frames,
+        folder: Path,
+        *,
+        hot: Hot | None = None,
+        limits: IngestLimits | None = None,
+    ) -> Taking:
+        """On this database, with everything else its own unless it is given."""
+        hot = hot or Hot()
+        return cls(
+            shelf=store,
+            jobs=jobs,
+            cold=ColdStore(str(folder / "cold")),
+            frames=frames,
+            hot=hot,
+            vision=Vision(hot),
+            uploads=Uploads(),
+            live=Told(),
+            metrics=Metrics(),
+            limits=limits or IngestLimits(),
+        )
+
     def handler(self, clock: object = None) -> IngestHandler:
         more = {} if clock is None else {"clock": clock}
         return IngestHandler(

@@ -20,10 +20,9 @@ from nvila.recordings.ingest import DeleteHandler
 from nvila.recordings.jobs import JobStore
 from nvila.recordings.store import RecordingStore
 from nvila.recordings.types import ChunkPolicy, JobKind, RecordedChunk, Recording, RecordingState
-from nvila.telemetry.metrics import Metrics
 from nvila.types import Deadline, MediaSource
 from nvila.video.pool import DecodePool
-from tests.recordings.taking import CARD, Hot, Local, Taking, Told, Uploads, Vision, write_clip
+from tests.recordings.taking import CARD, Local, Taking, Uploads, write_clip
 from tests.video.conftest import decode_pool
 
 _MOVING = ChunkPolicy(fps=1.0, chunk_s=16.0)
@@ -37,18 +36,7 @@ async def frames() -> AsyncIterator[DecodePool]:
 
 @pytest.fixture
 def taking(store: RecordingStore, jobs: JobStore, frames: DecodePool, tmp_path: Path) -> Taking:
-    hot = Hot()
-    return Taking(
-        shelf=store,
-        jobs=jobs,
-        cold=ColdStore(str(tmp_path / "cold")),
-        frames=frames,
-        hot=hot,
-        vision=Vision(hot),
-        uploads=Uploads(),
-        live=Told(),
-        metrics=Metrics(),
-    )
+    return Taking.over(store, jobs, frames, tmp_path)
 
 
 async def all_of(taking: Taking, recording: Recording) -> list[RecordedChunk]:

@@ -28,7 +28,7 @@ from nvila.types import Deadline, MediaSource
 from nvila.video.pool import DecodePool
 from tests.recordings.made import Clock
 from tests.recordings.rtsp import Clip, camera
-from tests.recordings.taking import NEW_CARD, Hot, Local, Taking, Told, Uploads, Vision, write_clip
+from tests.recordings.taking import NEW_CARD, Local, Taking, write_clip
 from tests.recordings.test_camera import Loopback
 from tests.video.conftest import decode_pool
 
@@ -48,19 +48,7 @@ def database_url(tmp_path: Path) -> str:
 
 @pytest.fixture
 def taking(store: RecordingStore, jobs: JobStore, frames: DecodePool, tmp_path: Path) -> Taking:
-    hot = Hot()
-    return Taking(
-        shelf=store,
-        jobs=jobs,
-        cold=ColdStore(str(tmp_path / "cold")),
-        frames=frames,
-        hot=hot,
-        vision=Vision(hot),
-        uploads=Uploads(),
-        live=Told(),
-        metrics=Metrics(),
-        limits=IngestLimits(late_s=12.0),
-    )
+    return Taking.over(store, jobs, frames, tmp_path, limits=IngestLimits(late_s=12.0))
 
 
 class Show:

@@ -15,7 +15,6 @@ from nvila.cache.codec import Record, RecordFormat
 from nvila.errors import InvalidRequest, NotFound
 from nvila.gateway.pipeline import Pipeline, PipelineLimits
 from nvila.recordings.asking import Caller
-from nvila.recordings.cold import ColdStore
 from nvila.recordings.encode import GroupEncoder, LostTokens, Model
 from nvila.recordings.ingest import DeleteHandler
 from nvila.recordings.jobs import JobStore
@@ -54,7 +53,7 @@ from nvila.types import (
 )
 from nvila.video.pool import DecodePool
 from tests.recordings import taking as fakes
-from tests.recordings.taking import CARD, CONFIG, NEW_CARD, Taking, Told, Uploads, Vision, write_clip
+from tests.recordings.taking import CARD, CONFIG, NEW_CARD, Taking, Vision, write_clip
 from tests.video.conftest import decode_pool
 
 _POLICY = ChunkPolicy(fps=1.0, chunk_s=16.0)
@@ -185,18 +184,7 @@ def database_url(tmp_path: Path) -> str:
 
 @pytest.fixture
 def taking(store: RecordingStore, jobs: JobStore, frames: DecodePool, tmp_path: Path) -> Taking:
-    hot = Hot()
-    return Taking(
-        shelf=store,
-        jobs=jobs,
-        cold=ColdStore(str(tmp_path / "cold")),
-        frames=frames,
-        hot=hot,
-        vision=Vision(hot),
-        uploads=Uploads(),
-        live=Told(),
-        metrics=Metrics(),
-    )
+    return Taking.over(store, jobs, frames, tmp_path, hot=Hot())
 
 
 @pytest.fixture

@@ -13,14 +13,12 @@ from nvila.capacity.models import nvila_8b_video
 from nvila.capacity.recordings import DAY_S, KEPT, RECORD_OVERHEAD_BYTES, CameraCost, Sampling, camera_cost
 from nvila.errors import InvalidRequest
 from nvila.model import cost
-from nvila.recordings.cold import ColdStore
 from nvila.recordings.jobs import JobStore
 from nvila.recordings.store import RecordingStore
 from nvila.recordings.types import ChunkPolicy
-from nvila.telemetry.metrics import Metrics
 from nvila.types import MediaKind, TokenDtype, TokensRef, VisualTokens
 from nvila.video.pool import DecodePool
-from tests.recordings.taking import CARD, CONFIG, Hot, Taking, Told, Uploads, Vision, write_clip
+from tests.recordings.taking import CARD, CONFIG, Taking, write_clip
 from tests.video.conftest import decode_pool
 
 PLAIN = ChunkPolicy()
@@ -40,18 +38,7 @@ def database_url(tmp_path: Path) -> str:
 
 @pytest.fixture
 def taking(store: RecordingStore, jobs: JobStore, frames: DecodePool, tmp_path: Path) -> Taking:
-    hot = Hot()
-    return Taking(
-        shelf=store,
-        jobs=jobs,
-        cold=ColdStore(str(tmp_path / "cold")),
-        frames=frames,
-        hot=hot,
-        vision=Vision(hot),
-        uploads=Uploads(),
-        live=Told(),
-        metrics=Metrics(),
-    )
+    return Taking.over(store, jobs, frames, tmp_path)
 
 
 def sampling_of(policy: ChunkPolicy, still: float = 0.0) -> Sampling:
