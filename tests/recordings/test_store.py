@@ -256,7 +256,7 @@ async def test_migrations_make_exactly_the_tables_that_the_program_knows(databas
 
 
 async def test_processes_that_start_together_migrate_one_after_the_other(database_url: str) -> None:
-    together = [Database.open(database_url) for _ in range(4)]
+    together = [Database.open(database_url) for _ in range(8)]
 
     await asyncio.gather(*(database.migrate() for database in together))
 

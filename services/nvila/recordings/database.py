@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sqlite3
+import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,8 +34,9 @@ Insert = sqlite.Insert | postgresql.Insert
 class Database:
     """Connections to one database. `open` neither connects nor creates anything; `migrate` does, once, at start."""
 
-    def __init__(self, engine: AsyncEngine) -> None:
+    def __init__(self, engine: AsyncEngine, wait_s: float) -> None:
         self._engine = engine
+        self._wait_s = wait_s
 
     @classmethod
     def open(cls, url: str, *, wait_s: float = 20.0, connections: int = 8) -> Database:
@@ -55,7 +58,7 @@ class Database:
             event.listen(engine.sync_engine, "begin", _begin_sqlite)
         else:
             event.listen(engine.sync_engine, "connect", partial(_prepare_postgresql, wait_s=wait_s))
-        return cls(engine)
+        return cls(engine, wait_s)
 
     @property
     def is_sqlite(self) -> bool:
@@ -65,7 +68,7 @@ class Database:
         """Bring the tables to this program's version. Processes that start together do it one after the other; a
         process that dies half-way leaves everything as it was."""
         if self.is_sqlite and self._engine.url.database:
-            await asyncio.to_thread(_begin_file, Path(self._engine.url.database))
+            await asyncio.to_thread(_begin_file, Path(self._engine.url.database), self._wait_s)
         async with self.write() as connection:
             if not self.is_sqlite:
                 for setting in ("lock_timeout", "statement_timeout"):  # another process may be at it for a while
@@ -126,10 +129,27 @@ def _is_sqlite(address: URL) -> bool:
     return address.get_backend_name() == "sqlite"
 
 
-def _begin_file(path: Path) -> None:
-    """A new database is its owner's alone, for the credentials of cameras are in it; SQLite's own files follow it."""
+def _begin_file(path: Path, wait_s: float) -> None:
+    """A new database is its owner's alone, for the credentials of cameras are in it; SQLite's own files follow it.
+
+    The write-ahead log is set here, in the file, for good. To change to it SQLite needs the file alone and does not
+    wait for it whatever its busy timeout (of six processes that begin one file together, some meet "database is
+    locked"), so the waiting is done here."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.touch(mode=0o600, exist_ok=True)
+    deadline = time.monotonic() + wait_s
+    with closing(sqlite3.connect(path, timeout=wait_s)) as connection:
+        while True:
+            try:
+                connection.execute("PRAGMA journal_mode=WAL")
+            except sqlite3.OperationalError as error:
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+                    raise Unavailable(f"the database of recordings at {path}: {error}") from error
+                if time.monotonic() > deadline:
+                    raise Unavailable("the database of recordings is locked by another program") from error
+                time.sleep(0.02)
+            else:
+                return
 
 
 def _prepare_sqlite(connection: Any, _record: object, *, wait_s: float) -> None:
@@ -138,7 +158,6 @@ def _prepare_sqlite(connection: Any, _record: object, *, wait_s: float) -> None:
     cursor = connection.cursor()
     for pragma in (
         f"busy_timeout={round(wait_s * 1000)}",
-        "journal_mode=WAL",
         "synchronous=FULL",
         "foreign_keys=ON",
     ):
