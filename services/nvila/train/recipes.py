@@ -379,7 +379,7 @@ def tiny_stage3() -> Recipe:
 def tiny_stage4() -> Recipe:
     """Image instruction tuning. The tower rests, as the paper's does not: it names what it sees since its own stage,
     and on a processor its gradients would halve the samples of a minute."""
-    return _tiny("image", (PROJECTOR, LLM), 6e-4, TINY_IMAGES, 5)
+    return _tiny("image", (PROJECTOR, LLM), 5e-4, TINY_IMAGES, 5)
 
 
 def tiny_stage5() -> Recipe:
@@ -387,7 +387,7 @@ def tiny_stage5() -> Recipe:
 
     The tower stays as the pictures left it, and sees each picture of a clip once (`prepare.Prepared`).
     """
-    recipe = _tiny("video", (PROJECTOR, LLM), 8e-4, TINY_MIXTURE, 6)
+    recipe = _tiny("video", (PROJECTOR, LLM), 5e-4, TINY_MIXTURE, 6)
     return replace(
         recipe,
         batch=replace(recipe.batch, row_tiles=256),
