@@ -190,6 +190,22 @@ async def test_a_segment_that_trickles_is_told_away_and_asked_for_again(tmp_path
     assert [type(event) for event in told] == [Away, Footage, Ended]
 
 
+@pytest.mark.parametrize("dated", [True, False])
+async def test_a_listed_segment_that_is_gone_is_left_out_and_what_follows_keeps_its_time(
+    web: Web, tmp_path: Path, dated: bool
+) -> None:
+    web.pages = {f"https://cdn.example/live/{n}.ts": b"x" for n in (1, 3, 4)}
+    web.pages[_BASE] = playlist(1, 5, dated=dated, end=True)
+    reader = HlsReader(web, tmp_path / "hls", Metrics(), first_pause_s=0.01, clock=lambda: 1000.0)
+    async with asyncio.timeout(30), aclosing(reader.events(recording())) as events:
+        told = [event async for event in events]
+    assert isinstance(told.pop(), Ended)
+    footage = [event for event in told if isinstance(event, Footage)]
+    assert [(one.number, one.is_new_session) for one in footage] == [(1, True), (3, True), (4, False)]
+    assert [one.captured_at - footage[0].captured_at for one in footage] == [0.0, 4.0, 6.0]
+    assert len(told) - len(footage) == 6, "each of two is asked for three times"
+
+
 async def test_lists_that_are_read_and_lists_that_are_away_are_counted(web: Web, tmp_path: Path) -> None:
     metrics = Metrics()
     reader = HlsReader(web, tmp_path / "hls", metrics, first_pause_s=0.01)

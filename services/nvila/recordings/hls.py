@@ -36,6 +36,8 @@ _LEAST_SIDE_PX = 448
 _FETCH_S = 60.0
 _STALLED_S = 30.0
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 1.0, 30.0
+_REFUSALS = 3
+"""So often a host may refuse a segment that its list names, before it is taken for gone: a gap in what follows."""
 _ATTRIBUTE = re.compile(r'([A-Z0-9-]+)=("[^"]*"|[^,]*)')
 
 
@@ -226,6 +228,7 @@ class _Reading:
             self._next, self._next_at = after.source_number + 1, after.source_until
         self._grew_at = clock()
         self._maps: dict[str, bytes] = {}
+        self._refusals = 0
         self.target_s = 6.0
         self.is_ended = False
 
@@ -253,8 +256,14 @@ class _Reading:
             if self._next is not None and segment.number < self._next:
                 continue
             at = segment.at if segment.at is not None else self._placed(playlist, place)
-            path = await self._fetch(segment)
-            self._next, self._next_at = segment.number + 1, at + segment.duration_s
+            try:
+                path = await self._fetch(segment)
+            except InvalidMedia:
+                self._refusals += 1
+                if self._refusals == _REFUSALS:
+                    self._pass(segment, at)
+                raise
+            self._pass(segment, at)
             yield Footage(
                 path=path,
                 captured_at=at,
@@ -266,6 +275,9 @@ class _Reading:
             )
             is_new_session = False
         self.is_ended = playlist.is_ended
+
+    def _pass(self, segment: HlsSegment, at: float) -> None:
+        self._next, self._next_at, self._refusals = segment.number + 1, at + segment.duration_s, 0
 
     def _placed(self, playlist: Playlist, place: int) -> float:
         """When a segment without a date was captured. What is listed live has happened: many that were missed, or
