@@ -193,7 +193,7 @@ class Camera:
     async def _play(self, writer: asyncio.StreamWriter) -> None:
         loop = asyncio.get_running_loop()
         clip, number, sequence = self.clip, 0, secrets.randbelow(1000)
-        due_s, stamp_s = loop.time(), 0.0
+        due_s, stamp_s = loop.time(), float(1 + secrets.randbelow(1000))
         with suppress(ConnectionError):
             while True:
                 await asyncio.sleep(max(0.0, due_s - loop.time()))

@@ -254,6 +254,19 @@ class Taking:
         return await self.shelf.get(recording_id, tenant=tenant)
 
 
+class Elsewhere:
+    """The shelf, with a recording's source at another address."""
+
+    def __init__(self, shelf: RecordingStore, source: object) -> None:
+        self._shelf, self._source = shelf, source
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._shelf, name)
+
+    async def get(self, recording_id: str, *, tenant: str) -> Recording:
+        return replace(await self._shelf.get(recording_id, tenant=tenant), source=self._source)  # type: ignore[arg-type]  # a source
+
+
 def write_clip(
     path: Path,
     seconds: float,
@@ -263,6 +276,7 @@ def write_clip(
     still: bool = False,
     seed: int = 0,
     gop: int | None = None,
+    slices: int = 1,
 ) -> Path:
     """A clip in which a block of light moves each second, or (`still`) nothing does."""
     width, height = size
@@ -270,7 +284,9 @@ def write_clip(
     ground = rng.integers(40, 90, (height // 8, width // 8, 3), dtype=np.uint8).repeat(8, 0).repeat(8, 1)
     with av.open(str(path), "w") as container:
         stream = container.add_stream(
-            "libx264", rate=fps, options={"g": str(gop or fps * 2), "bf": "0", "preset": "veryfast"}
+            "libx264",
+            rate=fps,
+            options={"g": str(gop or fps * 2), "bf": "0", "preset": "veryfast", "slices": str(slices)},
         )
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for number in range(round(seconds * fps)):

@@ -38,7 +38,7 @@ from tests.recordings.rtsp import Camera, Clip, camera
 from tests.recordings.taking import write_clip
 
 _LIMITS = CameraLimits(
-    segment_s=0.4, open_s=5.0, silence_s=1.0, first_pause_s=0.2, longest_pause_s=0.4, refused_pause_s=0.5
+    segment_s=0.4, open_s=5.0, silence_s=2.0, first_pause_s=0.2, longest_pause_s=0.4, refused_pause_s=0.5
 )
 _SECRET = "operator:p@ss/w:rd"
 _SEAL = Seal([Fernet.generate_key().decode()])
@@ -221,6 +221,65 @@ async def test_a_silent_camera_is_told_away(reader: CameraReader, clip: Clip) ->
         assert (await footage(events)).is_new_session
 
 
+async def test_the_first_picture_of_a_connection_is_kept_however_rare_key_frames_are_and_silence_is_told_in_time(
+    reader: CameraReader, tmp_path: Path
+) -> None:
+    rare = Clip.read(write_clip(tmp_path / "rare.mp4", 30.0, fps=10, gop=300))
+    async with camera(rare) as shown, aclosing(reader.events(watched(shown))) as events:
+        waiting = asyncio.ensure_future(anext(events))
+        async with asyncio.timeout(30):
+            while not any(request.startswith("PLAY") for request in shown.requests):
+                await asyncio.sleep(0.02)
+        await asyncio.sleep(2.5)
+        shown.is_silent, fell_silent = True, time.monotonic()
+        piece = await waiting
+        assert time.monotonic() - fell_silent < 2 * _LIMITS.silence_s
+        assert isinstance(piece, Footage), "there is no other key frame within half a minute"
+        _, frames, is_key = described(piece.path)
+        assert is_key
+        assert frames > 10
+        assert "silent" in (await away(events)).error.message
+
+
+async def test_a_picture_whose_slices_come_each_with_parameter_sets_stays_whole(
+    reader: CameraReader, tmp_path: Path
+) -> None:
+    path = write_clip(tmp_path / "slices.mp4", 4.0, fps=10, gop=5, slices=2)
+    clip = Clip.read(path)
+    frames = [
+        tuple(part for unit in units for part in ((*clip.parameters, unit) if unit[0] & 0x1F == 5 else (unit,)))
+        for units in clip.frames
+    ]
+    with av.open(str(path)) as container:
+        pictures = [frame.to_ndarray() for frame in container.decode(video=0)]
+    async with (
+        camera(Clip(tuple(frames), clip.fps)) as shown,
+        aclosing(reader.events(watched(shown))) as events,
+    ):
+        with av.open(str((await footage(events)).path)) as container:
+            seen = [frame.to_ndarray() for frame in container.decode(video=0)]
+    assert len(seen) == 5
+    assert all((one == other).all() for one, other in zip(seen, pictures, strict=False))
+
+
+@pytest.mark.parametrize("hangs_up", [False, True])
+async def test_who_takes_connections_and_says_nothing_does_not_answer(tmp_path: Path, hangs_up: bool) -> None:
+    async def mute(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while await reader.read(1024) and not hangs_up:
+            pass
+        writer.close()
+
+    server = await asyncio.start_server(mute, "127.0.0.1", 0)
+    url = f"rtsp://127.0.0.1:{server.sockets[0].getsockname()[1]}/yard"
+    reader = CameraReader(Loopback(), tmp_path / "captures", Metrics(), replace(_LIMITS, open_s=1.0))
+    recording = replace(made.recording("acme", SourceKind.RTSP), source=Source(kind=SourceKind.RTSP, url=url))
+    async with server, aclosing(reader.events(recording)) as events:
+        error = (await away(events)).error
+    assert isinstance(error, Unavailable)
+    assert ("without an answer" if hangs_up else "did not answer in 1 s") in error.message
+    reader.close()
+
+
 async def test_another_resolution_begins_another_file(reader: CameraReader, clip: Clip, other_clip: Clip) -> None:
     async with camera(clip) as shown, aclosing(reader.events(watched(shown))) as events:
         first = described((await footage(events)).path)
@@ -373,15 +432,27 @@ def test_late_packets_do_not_move_a_piece() -> None:
     assert clock.finish(0.0) == pytest.approx(1000.2)
 
 
-def test_slow_drift_is_followed_from_piece_to_piece() -> None:
+def test_pieces_that_come_late_as_a_whole_do_not_move_what_follows() -> None:
     clock, placed = CaptureClock(), []
-    for piece in range(5):
+    for piece in range(6):
         for number in range(10):
             stamp_s = piece + number * 0.1
-            clock.jumps(stamp_s, 1000 + stamp_s * 1.3)
-            clock.saw(stamp_s, 1000 + stamp_s * 1.3)
+            arrived_at = max(1000 + stamp_s, 1005.5 if piece >= 2 else 0)  # a stall of 3.5 s, then all at once
+            assert not clock.jumps(stamp_s, arrived_at)
+            clock.saw(stamp_s, arrived_at)
         placed.append(clock.finish(float(piece)))
-    assert placed[-1] == pytest.approx(1000 + 4 * 1.3, abs=0.6)
+    assert placed == pytest.approx([1000 + piece for piece in range(6)])
+
+
+def test_slow_drift_is_followed_from_piece_to_piece() -> None:
+    clock, placed = CaptureClock(), []
+    for piece in range(50):
+        for number in range(10):
+            stamp_s = piece + number * 0.1
+            clock.jumps(stamp_s, 1000 + stamp_s * 1.1)
+            clock.saw(stamp_s, 1000 + stamp_s * 1.1)
+        placed.append(clock.finish(float(piece)))
+    assert placed[-1] == pytest.approx(1000 + 49 * 1.1, abs=1.0)
 
 
 def test_statuses_are_read_past_interleaved_media_in_pieces_of_any_size() -> None:

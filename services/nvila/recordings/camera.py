@@ -45,7 +45,6 @@ from nvila.recordings.connection import Hello
 from nvila.recordings.seal import Seal
 from nvila.recordings.sources import Away, Connections, Footage, LiveEvent, Lost, MetricSink
 from nvila.recordings.types import Recording, Segment, SourceKind
-from nvila.telemetry import names
 from nvila.telemetry.logs import fields
 
 _log = logging.getLogger(__name__)
@@ -91,7 +90,6 @@ class CameraReader:
         self._lock = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self._door = door
-        self._metrics = metrics
         self._connections = Connections(metrics, SourceKind.RTSP)
         self._limits = limits
         self._seal = seal or Seal()
@@ -116,7 +114,7 @@ class CameraReader:
         capture = self._captures.get(key)
         if capture is None:
             folder = self._folder / secrets.token_hex(8)
-            capture = _Capture(self._door, source.url, secret, folder, self._metrics, self._connections, self._limits)
+            capture = _Capture(self._door, source.url, secret, folder, self._connections, self._limits)
             self._captures[key] = capture
         listener = capture.listen()
         try:
@@ -184,7 +182,6 @@ class _Capture:
         url: str,
         secret: str | None,
         folder: Path,
-        metrics: MetricSink,
         connections: Connections,
         limits: CameraLimits,
     ) -> None:
@@ -193,7 +190,6 @@ class _Capture:
         self._url = url
         self._secret = secret
         self._folder = folder
-        self._metrics = metrics
         self._connections = connections
         self._limits = limits
         self._listeners: list[_Listener] = []
@@ -239,7 +235,6 @@ class _Capture:
             wait_s = self._limits.refused_pause_s if is_refused else pause_s
             await asyncio.sleep(wait_s * random.uniform(0.8, 1.2))
             pause_s = min(pause_s * 2, self._limits.longest_pause_s)
-            self._metrics.add(names.CAPTURE_RECONNECTS)
 
     async def _one_session(self, session: int) -> tuple[NvilaError, int]:
         """One process from start to end: why it ended, and how many pieces it brought."""

@@ -3,7 +3,9 @@
 `camera.py` starts it (`python -m nvila.recordings.capture <parent's pid>`), tells it in one JSON line on standard input
 where to connect, and reads one JSON line for each finished piece of footage and one for how it ended. Nothing is
 decoded and nothing encoded again: packets are written as they come, a new file at each key frame after `segment_s`, at
-a change of the stream's parameters (resolution, profile), and when the camera's clock jumps.
+a change of the stream's parameters (resolution, profile), and when the camera's clock jumps. One packet is held back,
+since only the next tells two things that FFmpeg gets wrong: the stamp of a connection's first picture, which it gives
+none, and where a picture ends whose slices come each with parameter sets before it (as from GStreamer's payloaders).
 
 The network is kept at arm's length. FFmpeg's RTSP client never connects to the camera: it talks to a relay in this
 process, which connects to the addresses that were checked beforehand and to none else, refuses redirects (RTSP 3xx),
@@ -11,8 +13,9 @@ and knows from the camera's status lines why a connection failed. Credentials co
 list of processes shows them, and are in no message.
 
 **Clock.** A frame's capture time is its stamp by the camera's clock plus an offset to ours, and the offset is the least
-lateness of a packet seen in a piece of footage: packets come late but never early. It follows slow drift from piece to
-piece. When stamps jump without time having passed, the camera's clock was set: a new piece begins and is placed anew.
+lateness of a packet seen in the last pieces of footage: packets come late but never early, and after a stall whole
+pieces are late. It follows slow drift from piece to piece. When stamps jump without time having passed, the camera's
+clock was set: a new piece begins and is placed anew.
 """
 
 from __future__ import annotations
@@ -27,6 +30,7 @@ import ssl
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -54,6 +58,8 @@ from nvila.video.probe import CODECS
 _JUMP_S = 1.0
 """Stamps that are off by more than this against the time that passed are a jump of the camera's clock."""
 _DRIFT_S = 0.5
+_PIECES = 4
+"""Whose least lateness counts: a stall that ends by itself is shorter (`CameraLimits.silence_s`, `segment_s`)."""
 _LEAST_BYTES = 2048
 """FFmpeg does not know a shorter transport stream for one (libavformat/mpegts.c, mpegts_probe: 10 packets of 204)."""
 _MEMORY_BYTES = 1 << 30
@@ -71,6 +77,7 @@ class CaptureClock:
         self._offset_s: float | None = None
         self._last: tuple[float, float] | None = None
         self._least_s = math.inf
+        self._before_s: deque[float] = deque(maxlen=_PIECES - 1)
 
     def jumps(self, stamp_s: float, arrived_at: float) -> bool:
         """Whether the camera's clock was set between the packet before and this one."""
@@ -83,6 +90,7 @@ class CaptureClock:
     def restart(self) -> None:
         """What was known of the camera's clock holds no more."""
         self._offset_s, self._least_s = None, math.inf
+        self._before_s.clear()
 
     def saw(self, stamp_s: float, arrived_at: float) -> None:
         """Note a packet of the present piece."""
@@ -90,8 +98,10 @@ class CaptureClock:
 
     def finish(self, first_stamp_s: float) -> float:
         """Capture time of the present piece, whose first frame has this stamp, at its end."""
-        if self._offset_s is None or abs(self._least_s - self._offset_s) > _DRIFT_S:
-            self._offset_s = self._least_s
+        least_s = min(self._least_s, *self._before_s, math.inf)
+        if self._offset_s is None or abs(least_s - self._offset_s) > _DRIFT_S:
+            self._offset_s = least_s
+        self._before_s.append(self._least_s)
         self._least_s = math.inf
         return first_stamp_s + self._offset_s
 
@@ -106,6 +116,34 @@ def parameter_sets(data: bytes, codec: str) -> bytes:
         if kind in ((7, 8) if codec == "h264" else (32, 33, 34)):
             kept.append(unit)
     return b"".join(kept)
+
+
+def begins_picture(data: bytes, codec: str) -> bool:
+    """Whether a packet in Annex B form begins a picture: False when its first slice is not a picture's first
+    (first_mb_in_slice, H.264 7.4.3; first_slice_segment_in_pic_flag, H.265 7.4.7.1)."""
+    if codec not in ("h264", "hevc"):
+        return True
+    for unit in annex_b_units(data):
+        if codec == "h264" and unit[0] & 0x1F in (1, 5):
+            return unit[1:2] >= b"\x80"
+        if codec == "hevc" and unit[0] >> 1 & 0x3F < 32:
+            return unit[2:3] >= b"\x80"
+    return True
+
+
+def joined(first: Packet[VideoStream], rest: Packet[VideoStream], codec: str) -> Packet[VideoStream]:
+    """A picture of which FFmpeg has made two packets; of the second only the slices."""
+    slices = [
+        unit
+        for unit in annex_b_units(bytes(rest))
+        if (unit[0] & 0x1F in (1, 5) if codec == "h264" else unit[0] >> 1 & 0x3F < 32)
+    ]
+    whole: Packet[Any] = Packet(bytes(first) + b"".join(b"\0\0\1" + unit for unit in slices))
+    whole.pts, whole.dts = (rest.pts, rest.dts) if first.pts is None else (first.pts, first.dts)
+    whole.duration, whole.is_keyframe = first.duration, first.is_keyframe
+    assert first.time_base is not None
+    whole.time_base = first.time_base
+    return whole
 
 
 def annex_b_units(data: bytes) -> Iterator[bytes]:
@@ -177,22 +215,42 @@ class Recorder:
         self._piece: Piece | None = None
         self._number = 0
         self._began = time.monotonic()
+        self._held: tuple[Packet[VideoStream], float] | None = None
 
     def add(self, packet: Packet[VideoStream], arrived_at: float) -> None:
         """Raises `InvalidMedia` when no key frame comes for too long."""
-        if packet.pts is None or not packet.size or packet.is_corrupt or packet.time_base is None:
+        if not packet.size or packet.is_corrupt or packet.time_base is None:
+            return
+        if self._held is not None:
+            held, held_at = self._held
+            if not begins_picture(bytes(packet), self._codec):
+                self._held = joined(held, packet, self._codec), held_at
+                return
+            if held.pts is None and packet.pts is not None:
+                held.pts = packet.pts - max(1, held.duration or 0)
+            self._write(held, held_at)
+        self._held = packet, arrived_at
+
+    def close(self) -> None:
+        """The connection has ended."""
+        if self._held is not None:
+            self._write(*self._held)
+        self._finish()
+
+    def _write(self, packet: Packet[VideoStream], arrived_at: float) -> None:
+        if packet.pts is None or packet.time_base is None:
             return
         if packet.dts is None:
             packet.dts = packet.pts
         stamp_s = float(packet.dts * packet.time_base)
         if self._clock.jumps(stamp_s, arrived_at):
-            self.finish()
+            self._finish()
             self._clock.restart()
         parameters = parameter_sets(bytes(packet), self._codec) if packet.is_keyframe else b""
         if self._piece is not None and packet.is_keyframe:
             has_changed = bool(parameters and self._piece.parameters and parameters != self._piece.parameters)
             if has_changed or self._piece.length_s(stamp_s) >= self._hello.segment_s - 1e-3:
-                self.finish()
+                self._finish()
         self._clock.saw(stamp_s, arrived_at)
         if self._piece is None:
             if not packet.is_keyframe:
@@ -206,7 +264,7 @@ class Recorder:
         self._began = time.monotonic()
         self._piece.add(packet, stamp_s)
 
-    def finish(self) -> None:
+    def _finish(self) -> None:
         piece, self._piece = self._piece, None
         if piece is None:
             return
@@ -340,15 +398,20 @@ def capture(hello: Hello) -> NvilaError:
     try:
         stream = _video(container)
         recorder = Recorder(hello, stream)
+        silent = Unavailable(f"the camera has been silent for {hello.silence_s:g} s")
+        heard_at = time.monotonic()
         try:
             for packet in container.demux(stream):
+                if time.monotonic() - heard_at >= hello.silence_s:  # FFmpeg first gives what it has of a picture
+                    return silent
+                heard_at = time.monotonic()
                 recorder.add(packet, time.time())
         except av.error.ExitError:
-            return Unavailable(f"the camera has been silent for {hello.silence_s:g} s")
+            return silent
         except (av.error.FFmpegError, OSError):
             return relay.error or Unavailable("the connection to the camera broke off")
         finally:
-            recorder.finish()
+            recorder.close()
         return relay.error or Unavailable("the camera ended the connection")
     except NvilaError as error:
         return error
@@ -368,11 +431,12 @@ def _open(hello: Hello, relay: Relay) -> InputContainer:
         "fpsprobesize": "0",
     }
     address = f"rtsp://{who}127.0.0.1:{relay.port}{path}"
+    began = time.monotonic()
     try:
         return av.open(address, options=options, timeout=(hello.open_s, hello.silence_s))
-    except av.error.ExitError:
-        raise relay.error or Unavailable(f"the camera did not answer in {hello.open_s:g} s") from None
     except (av.error.FFmpegError, OSError, ValueError):
+        if relay.error is None and time.monotonic() - began >= hello.open_s:
+            raise Unavailable(f"the camera did not answer in {hello.open_s:g} s") from None
         raise relay.error or _refused(relay.status.last) from None
 
 
@@ -383,6 +447,8 @@ def _refused(status: int) -> NvilaError:
         return NotFound("the camera has no stream of this name")
     if status >= 400:
         return Unavailable(f"the camera refused with RTSP status {status}")
+    if not status:
+        return Unavailable("the camera ended the connection without an answer")
     return InvalidMedia("the camera sends no stream that can be read")
 
 

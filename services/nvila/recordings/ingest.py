@@ -381,6 +381,8 @@ class _LiveIngest:
                 error_code=self._trouble.code if self._trouble else "",
                 error=self._trouble.message if self._trouble else "",
             )
+        if piece.is_new_session and not is_first:
+            services._metrics.add(names.CAPTURE_RECONNECTS)
         piece.taken()
         self._captured_at, self._next_segment = captured_at, number + 1
         self._kept.append(segment)
@@ -404,8 +406,6 @@ class _LiveIngest:
             self._lost.append((lost.start - self._captured_at, lost.until - self._captured_at))
 
     async def _gone(self, error: NvilaError) -> None:
-        if not self._is_away:
-            self._services._metrics.add(names.CAPTURE_RECONNECTS)
         self._is_away = True
         state = RecordingState.WAITING if self._captured_at is None else RecordingState.INTERRUPTED
         await self._claim.update_recording(state=state, error_code=error.code, error=error.message)
