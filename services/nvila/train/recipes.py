@@ -304,7 +304,7 @@ TINY_SEEING = "synthetic:describing*6+page*3+reading*2+images*4"
 TINY_IMAGES = "synthetic:describing*2+page*2+reading+images*6"
 TINY_TOWER_LR = 1e-4
 """Where answers train it: a tenth of what naming patches does, which tells it far more in each step."""
-TINY_MIXTURE = "synthetic:narrating*2+videos*6+images*2"
+TINY_MIXTURE = "synthetic:narrating*2+videos*6+describing*2+images*6"
 
 
 def _tiny(stage: str, trained: tuple[str, ...], lr: float, data: str, seed: int) -> Recipe:
