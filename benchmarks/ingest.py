@@ -74,8 +74,8 @@ class Pass:
 # -- the files --------------------------------------------------------------------------------------------------------
 
 
-def write_busy(path: Path, seconds: float) -> Path:
-    """A real clip's packets as they are, over and over."""
+def write_busy(path: Path, seconds: float, *, slow_every: int = 0) -> Path:
+    """A real clip's packets as they are, over and over; every so many repeats at half the rate of frames."""
     with av.open(str(BIKES)) as source, av.open(str(path), "w") as target:
         stream = source.streams.video[0]
         out = target.add_stream_from_template(stream)
@@ -83,12 +83,16 @@ def write_busy(path: Path, seconds: float) -> Path:
         assert stream.time_base is not None
         kept = [(bytes(p), p.pts or 0, p.dts or 0, p.is_keyframe, p.duration or 0) for p in packets]
         length = max(pts + duration for _, pts, _, _, duration in kept) + 4 * kept[0][4]
-        for round_ in range(round(seconds / float(length * stream.time_base))):
+        began, number = 0, 0
+        while float(began * stream.time_base) < seconds:
+            number += 1
+            slower = 2 if slow_every and number % slow_every == 0 else 1
             for data, pts, dts, is_key, _ in kept:
                 packet = av.Packet(data)
-                packet.pts, packet.dts = pts + round_ * length, dts + round_ * length
+                packet.pts, packet.dts = began + pts * slower, began + dts * slower
                 packet.time_base, packet.is_keyframe, packet.stream = stream.time_base, is_key, out
                 target.mux(packet)
+            began += length * slower
     return path
 
 

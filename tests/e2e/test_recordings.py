@@ -61,14 +61,19 @@ async def add(http: httpx.AsyncClient, file_id: str, **policy: Any) -> str:
 async def complete(http: httpx.AsyncClient, recording: str) -> dict[str, Any]:
     async with asyncio.timeout(200):
         while True:
-            try:
-                shown: dict[str, Any] = (await http.get(f"/v1/recordings/{recording}")).raise_for_status().json()
-            except httpx.TransportError:  # the gateway itself may be starting anew
-                shown = {"state": "unknown"}
+            shown = await state(http, f"/v1/recordings/{recording}")
             assert shown["state"] != "failed", shown["error"]
             if shown["state"] == "complete":
                 return shown
             await asyncio.sleep(0.25)
+
+
+async def state(http: httpx.AsyncClient, path: str) -> dict[str, Any]:
+    try:
+        shown: dict[str, Any] = (await http.get(path)).raise_for_status().json()
+    except httpx.TransportError:  # the gateway itself may be starting anew
+        shown = {"state": "unknown"}
+    return shown
 
 
 async def chunks(http: httpx.AsyncClient, recording: str) -> list[dict[str, Any]]:
@@ -93,7 +98,7 @@ async def begun(http: httpx.AsyncClient, job: str) -> None:
 async def over(http: httpx.AsyncClient, job: str) -> dict[str, Any]:
     async with asyncio.timeout(200):
         while True:
-            shown: dict[str, Any] = (await http.get(f"/v1/jobs/{job}")).json()
+            shown = await state(http, f"/v1/jobs/{job}")
             if shown["state"] in ("done", "failed", "cancelled"):
                 assert shown["state"] == "done", shown["error"]
                 return shown
@@ -198,16 +203,19 @@ async def test_a_kill_while_a_recording_is_taken_in_changes_nothing(
     assert undisturbed["counters"]["frames_encoded"] == 0
 
 
-async def test_a_summary_that_is_killed_says_what_an_undisturbed_one_says(
-    client: openai.AsyncOpenAI, http: httpx.AsyncClient, stack: RunningStack, footage: Path
+@pytest.mark.parametrize("part", ["recordings", "cache", "vision", "gateway"])
+async def test_a_kill_during_a_summary_changes_nothing_in_it(
+    client: openai.AsyncOpenAI, http: httpx.AsyncClient, stack: RunningStack, footage: Path, part: str
 ) -> None:
     recording = await add(http, await upload(client, footage))
     await complete(http, recording)
     answer = await http.post("/v1/jobs", json={"kind": "summary", "recording": recording})
     job = answer.json()["id"]
     await begun(http, job)
-    os.kill(part_pid(stack, "recordings"), signal.SIGKILL)
+    os.kill(part_pid(stack, part), signal.SIGKILL)
     killed = await over(http, job)
+    await until_ready(http)
+
     undisturbed = await done(http, "summary", recording)
     assert killed["result"] == undisturbed["result"]
 
