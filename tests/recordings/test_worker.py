@@ -126,6 +126,41 @@ async def test_what_may_pass_is_tried_again_after_a_growing_pause(
     assert [event.kind for event in await jobs.events_after(job.id, tenant="acme")] == ["retry", "retry", "done"]
 
 
+async def test_a_look_that_is_answered_late_stops_no_later_attempt(database: Database, clock: Clock) -> None:
+    class Late(JobStore):
+        """Answers about leases when it is told to."""
+
+        looked, answer = asyncio.Event(), asyncio.Event()
+
+        async def interrupted(self, claims: Iterable[Claim]) -> Mapping[str, bool]:
+            mine = list(claims)
+            if mine and not self.looked.is_set():
+                self.looked.set()
+                await self.answer.wait()
+            return await super().interrupted(mine)
+
+    jobs, again = Late(database, clock=clock), Waiting()
+
+    async def handle(claim: Claim) -> Mapping[str, Any]:
+        if claim.job.attempt == 1:
+            await jobs.looked.wait()
+            raise Unavailable("vision is away")
+        return await again(claim)
+
+    async with working(jobs, handle, limits()):
+        job = await made.submit(jobs)
+        await until(jobs, job, lambda now: now.state is JobState.QUEUED and now.attempt == 1)
+        clock.now += 1
+        await asyncio.wait_for(again.begun.wait(), PATIENCE_S)
+        jobs.answer.set()
+        await asyncio.sleep(0.2)  # ten looks
+        again.let_go.set()
+        done = await until(jobs, job, lambda now: now.state.is_over)
+
+    assert (done.state, done.attempt) == (JobState.DONE, 2)
+    assert not again.cancelled.is_set()
+
+
 async def test_a_pause_is_as_long_as_who_is_overloaded_asks_for(jobs: JobStore, clock: Clock) -> None:
     async def handle(claim: Claim) -> Mapping[str, Any]:
         raise Overloaded("full", retry_after_s=120)

@@ -96,7 +96,7 @@ class Worker:
         self._limits = limits
         self._metrics = metrics
         self._pause = pause
-        self._running: dict[str, _Running] = {}
+        self._running: dict[Claim, _Running] = {}
         self._freed = asyncio.Event()
         self._ending = asyncio.Event()
         self.looked_at = time.monotonic()
@@ -144,7 +144,7 @@ class Worker:
         self._metrics.observe(names.JOB_WAIT_SECONDS, claim.waited_s, kind=kind)
         pool = next(pool for pool in self._limits.pools if kind in pool.kinds)
         task = asyncio.create_task(self._do(claim, pool))
-        self._running[claim.job.id] = _Running(claim, pool, task)
+        self._running[claim] = _Running(claim, pool, task)
         self._show_running(kind)
         return True
 
@@ -180,7 +180,7 @@ class Worker:
             except Unavailable:  # the end could not be told: the lease runs out, and the job goes on elsewhere
                 outcome = "lost"
             finally:
-                self._running.pop(job.id, None)
+                self._running.pop(claim, None)
                 self._show_running(job.kind)
                 self._freed.set()
             took_s = time.monotonic() - began
@@ -226,7 +226,7 @@ class Worker:
 
     async def _stopped(self, claim: Claim) -> Outcome:
         """The handler was cancelled; by whom, `stopping` says. (Nobody: the process is being torn down.)"""
-        running = self._running.get(claim.job.id)
+        running = self._running.get(claim)
         reason = running.stopping if running is not None else None
         try:
             if reason == "cancelled":
@@ -264,9 +264,11 @@ class Worker:
             await asyncio.sleep(self._limits.look_s)
 
     async def _look(self) -> None:
-        claims = [running.claim for running in self._running.values()]
-        for job_id, is_cancelled in (await self._jobs.interrupted(claims)).items():
-            self._stop(job_id, "cancelled" if is_cancelled else "lost")
+        # By the answer's time, a job may have ended and begun anew under another lease.
+        seen = {running.claim.job.id: running for running in self._running.values()}
+        interrupted = await self._jobs.interrupted([running.claim for running in seen.values()])
+        for job_id, is_cancelled in interrupted.items():
+            self._stop(seen[job_id], "cancelled" if is_cancelled else "lost")
         due = time.monotonic() - self._limits.lease_s / _RENEWALS
         late = [running for running in self._running.values() if running.renewed_at < due and not running.stopping]
         answers = await asyncio.gather(*(running.claim.renew() for running in late), return_exceptions=True)
@@ -274,13 +276,12 @@ class Worker:
             if answer is None:
                 running.renewed_at = time.monotonic()
             elif isinstance(answer, LeaseLost):
-                self._stop(running.claim.job.id, "lost")
+                self._stop(running, "lost")
             else:
                 _log.warning("a lease was not renewed", extra=fields(job=running.claim.job.id, reason=str(answer)))
 
-    def _stop(self, job_id: str, reason: Literal["cancelled", "lost", "released"]) -> None:
-        running = self._running.get(job_id)
-        if running is not None and running.stopping is None:
+    def _stop(self, running: _Running, reason: Literal["cancelled", "lost", "released"]) -> None:
+        if running.stopping is None:
             running.stopping = reason
             running.task.cancel()
 
@@ -289,8 +290,8 @@ class Worker:
         if tasks:
             _log.info("waiting for jobs to end", extra=fields(jobs=len(tasks), at_most_s=self._limits.drain_s))
             await asyncio.wait(tasks, timeout=self._limits.drain_s)
-        for job_id in list(self._running):
-            self._stop(job_id, "released")
+        for running in list(self._running.values()):
+            self._stop(running, "released")
         left = {running.task for running in self._running.values()}
         if left:
             await asyncio.wait(left, timeout=self._limits.stop_s)
