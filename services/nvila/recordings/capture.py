@@ -58,6 +58,8 @@ from nvila.video.probe import CODECS
 _JUMP_S = 1.0
 """Stamps that are off by more than this against the time that passed are a jump of the camera's clock."""
 _DRIFT_S = 0.5
+_MOST_PICTURE_BYTES = 16 << 20
+"""Joined of slices: a camera whose slices never begin a picture fills no memory."""
 _PIECES = 4
 """Whose least lateness counts: a stall that ends by itself is shorter (`CameraLimits.silence_s`, `segment_s`)."""
 _LEAST_BYTES = 2048
@@ -223,7 +225,7 @@ class Recorder:
             return
         if self._held is not None:
             held, held_at = self._held
-            if not begins_picture(bytes(packet), self._codec):
+            if held.size < _MOST_PICTURE_BYTES and not begins_picture(bytes(packet), self._codec):
                 self._held = joined(held, packet, self._codec), held_at
                 return
             if held.pts is None and packet.pts is not None:
