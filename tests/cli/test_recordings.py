@@ -17,7 +17,8 @@ from nvila.cli.main import main
 from nvila.cli.recording_client import RecordingClient
 from nvila.cli.recordings import seconds
 from nvila.errors import DeadlineExceeded, InvalidRequest, LimitExceeded, NvilaError
-from nvila.recordings.jobs import Claim, JobStore
+from nvila.recordings.claims import Claim
+from nvila.recordings.jobs import JobStore
 from nvila.recordings.types import JobKind, RecordingState
 from tests.gateway.faces import ANSWERED, KEY, SEAL, Gateway, ScriptedPipeline, serving
 

@@ -13,7 +13,8 @@ import pytest
 
 from nvila.errors import InvalidMedia
 from nvila.gateway.http_jobs import beating
-from nvila.recordings.jobs import Claim, JobStore
+from nvila.recordings.claims import Claim
+from nvila.recordings.jobs import JobStore
 from nvila.recordings.types import JobEvent, JobKind, RecordingState
 from tests.gateway.faces import BEARER, OTHER_KEY, Gateway, serving
 

@@ -12,7 +12,8 @@ from nvila.cache.codec import Record, RecordFormat
 from nvila.model.config import NvilaConfig
 from nvila.recordings import encode
 from nvila.recordings.asking import Caller
-from nvila.recordings.jobs import Claim, ClaimTransaction, JobStore
+from nvila.recordings.claims import Claim, ClaimTransaction
+from nvila.recordings.jobs import JobStore
 from nvila.recordings.planner import Budget
 from nvila.recordings.store import RecordingStore
 from nvila.recordings.types import (

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from nvila.recordings.jobs import Claim, JobStore
+from nvila.recordings.claims import Claim
+from nvila.recordings.jobs import JobStore
 from nvila.recordings.store import new_recording_id
 from nvila.recordings.types import (
     ChunkPolicy,

@@ -18,10 +18,11 @@ from nvila.capacity.models import nvila_8b_video
 from nvila.errors import NvilaError, Unavailable
 from nvila.model.config import NvilaConfig
 from nvila.recordings.chunks import IngestLimits
+from nvila.recordings.claims import Claim
 from nvila.recordings.cold import ColdStore
 from nvila.recordings.encode import Frames, GroupEncoder
 from nvila.recordings.ingest import IngestHandler
-from nvila.recordings.jobs import Claim, JobStore
+from nvila.recordings.jobs import JobStore
 from nvila.recordings.sources import FileSources, LiveEvent
 from nvila.recordings.store import RecordingStore, new_recording_id
 from nvila.recordings.types import ChunkPolicy, JobKind, Recording, RecordingState, Segment, Source, SourceKind

@@ -9,7 +9,9 @@ from dataclasses import replace
 import pytest
 
 from nvila.errors import Unavailable
-from nvila.recordings.jobs import CheckpointConflict, Claim, JobStore, LeaseLost, NewJob
+from nvila.recordings.claims import CheckpointConflict, Claim, LeaseLost
+from nvila.recordings.job_rows import NewJob
+from nvila.recordings.jobs import JobStore
 from nvila.recordings.store import ChunkConflict, RecordingStore
 from nvila.recordings.types import Counters, JobKind, JobState, RecordingState, Segment
 from tests.recordings import made

@@ -9,8 +9,10 @@ import pytest
 
 from nvila.errors import Conflict, InvalidRequest, LimitExceeded, NotFound, Overloaded, Unavailable
 from nvila.recordings import schema
+from nvila.recordings.claims import Claim
 from nvila.recordings.database import Database
-from nvila.recordings.jobs import Claim, JobStore, NewJob
+from nvila.recordings.job_rows import NewJob
+from nvila.recordings.jobs import JobStore
 from nvila.recordings.store import Quota, RecordingStore
 from nvila.recordings.types import JobKind, JobState, RecordingState, SourceKind
 from tests.recordings import made

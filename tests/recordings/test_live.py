@@ -15,11 +15,12 @@ import pytest
 from nvila.errors import InvalidMedia, Unauthenticated, Unavailable
 from nvila.recordings.camera import CameraLimits, CameraReader
 from nvila.recordings.chunks import FELL_BEHIND, NOT_KEPT, IngestLimits
+from nvila.recordings.claims import LeaseLost
 from nvila.recordings.cold import ColdStore
 from nvila.recordings.hls import HlsReader
 from nvila.recordings.inbox import Inbox
 from nvila.recordings.ingest import AWAY, sweep_footage
-from nvila.recordings.jobs import JobStore, LeaseLost
+from nvila.recordings.jobs import JobStore
 from nvila.recordings.sources import Away, Ended, Footage, LiveSources, Lost, PushedReader
 from nvila.recordings.store import RecordingStore
 from nvila.recordings.types import ChunkPolicy, Recording, RecordingState, SourceKind

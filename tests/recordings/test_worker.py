@@ -12,8 +12,9 @@ from sqlalchemy import select
 
 from nvila.errors import InvalidRequest, Overloaded, Unavailable
 from nvila.recordings import schema
+from nvila.recordings.claims import Claim
 from nvila.recordings.database import Database
-from nvila.recordings.jobs import Claim, JobStore
+from nvila.recordings.jobs import JobStore
 from nvila.recordings.store import RecordingStore
 from nvila.recordings.types import Job, JobKind, JobState, RecordingState, SourceKind
 from nvila.recordings.worker import Handler, Pool, Worker, WorkerLimits

@@ -11,8 +11,9 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+from nvila.recordings.claims import Claim
 from nvila.recordings.database import Database
-from nvila.recordings.jobs import Claim, JobStore
+from nvila.recordings.jobs import JobStore
 from nvila.recordings.store import RecordingStore
 from nvila.recordings.types import Counters, JobKind, RecordingState
 from nvila.recordings.worker import Pool, Worker, WorkerLimits

@@ -26,11 +26,11 @@ from PIL import Image
 
 from nvila.errors import DeadlineExceeded, InvalidMedia, LimitExceeded, NvilaError, Overloaded, Unavailable
 from nvila.recordings import cut
+from nvila.recordings.claims import Claim
 from nvila.recordings.cold import ColdStore
 from nvila.recordings.cut import PlannedChunk, PlannedGroup
 from nvila.recordings.encode import Fate, Found, Frames, GroupEncoder, Model, mean_token, unit_vector
 from nvila.recordings.gate import Gate, Reference, reference_of
-from nvila.recordings.jobs import Claim
 from nvila.recordings.types import Counters, Group, RecordedChunk, Recording
 from nvila.telemetry import names, tracing
 from nvila.telemetry.logs import fields

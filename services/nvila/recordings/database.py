@@ -1,7 +1,7 @@
 """The database that holds recordings and jobs: how it is opened, brought up to date, and written in one transaction.
 
 SQLite by default (one file on a local disk, any number of processes on one host), PostgreSQL in production. What is
-stored where is said in `schema.py`; `store.py` and `jobs.py` ask the questions.
+stored where is said in `schema.py`; `store.py` and `job_rows.py` ask the questions.
 """
 
 from __future__ import annotations

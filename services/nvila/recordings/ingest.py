@@ -39,10 +39,10 @@ from nvila.errors import (
 )
 from nvila.recordings import cut
 from nvila.recordings.chunks import NO_FOOTAGE, ChunkIngest, IngestLimits, MetricSink, OpenSegment, last_encoded
+from nvila.recordings.claims import Claim, LeaseLost
 from nvila.recordings.cold import ColdStore
 from nvila.recordings.cut import PlannedChunk
 from nvila.recordings.encode import Frames, GroupEncoder, Model, Models
-from nvila.recordings.jobs import Claim, LeaseLost
 from nvila.recordings.sources import Away, Ended, FileSources, Footage, LiveEvent, Lost
 from nvila.recordings.store import RecordingStore
 from nvila.recordings.types import Counters, Recording, RecordingState, Segment, SourceKind

@@ -25,7 +25,7 @@ from nvila.recordings.asking import (
     window_of,
     window_params,
 )
-from nvila.recordings.jobs import NewJob
+from nvila.recordings.job_rows import NewJob
 from nvila.recordings.seal import Seal
 from nvila.recordings.types import Job, JobKind, RecordedChunk, Recording, RecordingState
 from nvila.recordings.webhooks import ATTEMPTS, Webhook, WebhookSender, deliver_params

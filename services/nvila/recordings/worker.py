@@ -17,7 +17,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, TypeVar
 
 from nvila.errors import DeadlineExceeded, NvilaError, Overloaded, Unavailable
-from nvila.recordings.jobs import Claim, JobStore, LeaseLost
+from nvila.recordings.claims import Claim, LeaseLost
+from nvila.recordings.jobs import JobStore
 from nvila.recordings.types import JobKind, JobState
 from nvila.telemetry import names, tracing
 from nvila.telemetry.logs import fields
