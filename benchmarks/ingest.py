@@ -45,6 +45,7 @@ from nvila.recordings.cold import ColdStore
 from nvila.recordings.database import Database
 from nvila.recordings.encode import GroupEncoder, Model
 from nvila.recordings.ingest import IngestHandler
+from nvila.recordings.ingest_services import IngestServices
 from nvila.recordings.jobs import JobStore
 from nvila.recordings.sources import FileSources, LiveSources, LocalMedia
 from nvila.recordings.store import RecordingStore, new_recording_id
@@ -178,17 +179,16 @@ class Bench:
         """As a worker does it."""
         shelf, jobs = RecordingStore(self.database), JobStore(self.database)
         cold = ColdStore(str(self.folder / "cold"))
-        handler = IngestHandler(
+        services = IngestServices(
             shelf=shelf,
             cold=cold,
-            files=FileSources(_Files(path)),
-            live=LiveSources({}),
             frames=self.pool,
             encoder=GroupEncoder(cold, self.hot, self.vision, recovery_s=20.0),
             models=self.decoder,
             metrics=Metrics(),
             limits=IngestLimits(),
         )
+        handler = IngestHandler(services, FileSources(_Files(path)), LiveSources({}))
         recording = Recording(
             id=new_recording_id(),
             tenant=tenant,

@@ -22,6 +22,7 @@ from nvila.recordings.claims import Claim
 from nvila.recordings.cold import ColdStore
 from nvila.recordings.encode import Frames, GroupEncoder
 from nvila.recordings.ingest import IngestHandler
+from nvila.recordings.ingest_services import IngestServices
 from nvila.recordings.jobs import JobStore
 from nvila.recordings.sources import FileSources, LiveEvent
 from nvila.recordings.store import RecordingStore, new_recording_id
@@ -204,11 +205,9 @@ class Taking:
 
     def handler(self, clock: object = None) -> IngestHandler:
         more = {} if clock is None else {"clock": clock}
-        return IngestHandler(
+        services = IngestServices(
             shelf=self.shelf,
             cold=self.cold,
-            files=FileSources(self.uploads),
-            live=self.live,
             frames=self.frames,
             encoder=GroupEncoder(self.cold, self.hot, self.vision, recovery_s=self.recovery_s),
             models=self.models,
@@ -216,6 +215,7 @@ class Taking:
             limits=self.limits,
             **more,  # type: ignore[arg-type]  # a clock or none
         )
+        return IngestHandler(services, FileSources(self.uploads), self.live)
 
     async def submit(
         self, path: Path | None, policy: ChunkPolicy, tenant: str = "acme", kind: SourceKind = SourceKind.FILE

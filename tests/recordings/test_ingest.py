@@ -16,7 +16,7 @@ from PIL import Image
 from nvila.errors import InvalidMedia, InvalidRequest, MediaUnavailable, NotFound, Unavailable
 from nvila.recordings.cold import ColdStore
 from nvila.recordings.encode import GroupEncoder, LostTokens, Model
-from nvila.recordings.ingest import DeleteHandler
+from nvila.recordings.footage import DeleteHandler
 from nvila.recordings.jobs import JobStore
 from nvila.recordings.store import RecordingStore
 from nvila.recordings.types import ChunkPolicy, JobKind, RecordedChunk, Recording, RecordingState

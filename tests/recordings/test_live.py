@@ -17,9 +17,10 @@ from nvila.recordings.camera import CameraLimits, CameraReader
 from nvila.recordings.chunks import FELL_BEHIND, NOT_KEPT, IngestLimits
 from nvila.recordings.claims import LeaseLost
 from nvila.recordings.cold import ColdStore
+from nvila.recordings.footage import sweep_footage
 from nvila.recordings.hls import HlsReader
 from nvila.recordings.inbox import Inbox
-from nvila.recordings.ingest import AWAY, sweep_footage
+from nvila.recordings.ingest import AWAY
 from nvila.recordings.jobs import JobStore
 from nvila.recordings.sources import Away, Ended, Footage, LiveSources, Lost, PushedReader
 from nvila.recordings.store import RecordingStore

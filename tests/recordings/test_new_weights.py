@@ -16,7 +16,7 @@ from nvila.errors import InvalidRequest, NotFound
 from nvila.gateway.pipeline import Pipeline, PipelineLimits
 from nvila.recordings.asking import Caller
 from nvila.recordings.encode import GroupEncoder, LostTokens, Model
-from nvila.recordings.ingest import DeleteHandler
+from nvila.recordings.footage import DeleteHandler
 from nvila.recordings.jobs import JobStore
 from nvila.recordings.planner import Budget
 from nvila.recordings.questions import AskHandler

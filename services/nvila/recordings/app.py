@@ -37,9 +37,11 @@ from nvila.recordings.chunks import IngestLimits
 from nvila.recordings.cold import ColdStore
 from nvila.recordings.database import Database
 from nvila.recordings.encode import GroupEncoder, LostTokens
+from nvila.recordings.footage import DeleteHandler, sweep_footage
 from nvila.recordings.hls import HlsReader
 from nvila.recordings.inbox import Inbox
-from nvila.recordings.ingest import DeleteHandler, IngestHandler, sweep_footage
+from nvila.recordings.ingest import IngestHandler
+from nvila.recordings.ingest_services import IngestServices
 from nvila.recordings.jobs import JobStore
 from nvila.recordings.questions import AskHandler
 from nvila.recordings.reseal import reseal
@@ -189,29 +191,32 @@ async def _open(settings: RecordingsSettings, metrics: Metrics, health: Health, 
         recordings=windows,
     )
     caller = Caller(answerer=pipeline, call_s=settings.call_timeout_s)
+    services = IngestServices(
+        shelf=shelf,
+        cold=cold,
+        frames=pool,
+        encoder=encoder,
+        models=decoder,
+        metrics=metrics,
+        limits=IngestLimits(
+            capacity=settings.decode_workers,
+            window=settings.group_window,
+            fetch_timeout_s=settings.fetch_timeout_s,
+            backlog_s=settings.backlog_s,
+            outage_s=settings.outage_s,
+            footage_s=settings.keep_footage_s,
+        ),
+    )
     handlers: dict[JobKind, Handler] = {
         JobKind.INGEST: IngestHandler(
-            shelf=shelf,
-            cold=cold,
-            files=FileSources(fetcher, seal, stores=settings.source_stores, most_bytes=settings.max_source_bytes),
-            live=LiveSources(
+            services,
+            FileSources(fetcher, seal, stores=settings.source_stores, most_bytes=settings.max_source_bytes),
+            LiveSources(
                 {
                     SourceKind.PUSH: PushedReader(inbox),
                     SourceKind.RTSP: cameras,
                     SourceKind.HLS: HlsReader(fetcher, scratch.new_path(), metrics, seal),
                 }
-            ),
-            frames=pool,
-            encoder=encoder,
-            models=decoder,
-            metrics=metrics,
-            limits=IngestLimits(
-                capacity=settings.decode_workers,
-                window=settings.group_window,
-                fetch_timeout_s=settings.fetch_timeout_s,
-                backlog_s=settings.backlog_s,
-                outage_s=settings.outage_s,
-                footage_s=settings.keep_footage_s,
             ),
         ),
         JobKind.DELETE: DeleteHandler(cold, inbox.remove),
