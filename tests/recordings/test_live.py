@@ -507,6 +507,33 @@ async def test_old_footage_is_removed_and_its_tokens_stay(
     await asyncio.wait({work})
 
 
+async def test_a_piece_is_kept_once_though_removing_an_old_one_has_to_be_tried_again(
+    taking: Taking, show: Show, clock: Clock, tmp_path: Path
+) -> None:
+    class FailsOnce(ColdStore):
+        failures = 1
+
+        async def forget_segment(self, relative: str) -> None:
+            if self.failures:
+                self.failures -= 1
+                raise Unavailable("the store of recordings could not remove a segment")
+            await super().forget_segment(relative)
+
+    taking.limits = IngestLimits(footage_s=8.0)
+    taking.cold = cold = FailsOnce(str(tmp_path / "cold"))
+    recording_id, work = await run(taking, clock)
+    for number in range(10):
+        show.piece(number * 8, 8, is_new=number == 0)
+        await until(taking, recording_id, number + 1)
+    show.end()
+    await work
+    assert not cold.failures
+    segments = await taking.shelf.segments(recording_id)
+    assert [(segment.number, segment.start_s) for segment in segments] == [(n, 8.0 * n) for n in range(10)]
+    assert show.taken == list(range(10))
+    assert not segments[0].path, "it was tried again"
+
+
 async def test_footage_of_a_recording_that_is_over_is_removed_when_it_is_old(
     taking: Taking, show: Show, clock: Clock, tmp_path: Path
 ) -> None:

@@ -178,6 +178,7 @@ class LiveIngest:
                     self._is_away = False  # however long it takes to keep it, the clock does not run past it
                     await self._room_for(event)
                     await self._ingest.patiently(partial(self._keep, event))
+                    await self._ingest.patiently(self._forget_old)
                 elif isinstance(event, Away):
                     await self._ingest.patiently(partial(self._gone, event.error))
                 elif isinstance(event, Lost):
@@ -239,7 +240,6 @@ class LiveIngest:
         self._kept.append(segment)
         self._films[number] = _Film(segment, info)
         self._reach_s = segment.start_s + segment.duration_s
-        await self._forget_old()
 
     def _check_time(self, at_s: float) -> None:
         """A client's or a playlist's clock may say anything, and every chunk up to there would be written."""
@@ -267,9 +267,9 @@ class LiveIngest:
         while self._kept and self._kept[0].start_s + self._kept[0].duration_s < before_s:
             if self._kept[0].number in self._films:
                 return
-            segment = self._kept.popleft()
-            if segment.path:
-                await forget_footage(self._services.shelf, self._services.cold, segment)
+            if self._kept[0].path:
+                await forget_footage(self._services.shelf, self._services.cold, self._kept[0])
+            self._kept.popleft()
 
     # -- the taking in
 
