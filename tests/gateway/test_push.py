@@ -91,6 +91,16 @@ def test_what_is_not_what_it_says_is_refused(
         _cut(tmp_path, content_type, data, None)
 
 
+def test_a_head_that_comes_again_is_held_once(tmp_path: Path) -> None:
+    data = encoded("mp4", options=MP4)
+    moov = data.index(b"moov") - 4
+    head, rest = data[moov : (at := data.index(b"moof") - 4)], data[at:]
+    (piece, *others) = _cut(tmp_path, MP4_TYPE, data[:moov] + 100 * head + rest, 1000.0)
+    assert piece.path.read_bytes().count(b"moov") == 1
+    assert len(others) == 2
+    assert len(_frames(piece)) == 2 * FPS
+
+
 async def test_a_client_that_is_faster_than_the_worker_is_held_back_and_then_told(tmp_path: Path) -> None:
     inbox = Inbox(tmp_path, most_bytes=100)
     with inbox.writing(ID) as writer:

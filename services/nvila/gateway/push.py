@@ -293,6 +293,7 @@ class Mp4Cutter:
     pieces: Pieces
     clock: Clock
     _left: bytearray = field(default_factory=bytearray)
+    _ftyp: bytes = b""
     _init: bytes = b""
     _timescale: int = 0
     _has_moov: bool = False
@@ -321,9 +322,9 @@ class Mp4Cutter:
 
     def _take(self, kind: bytes, box: bytes, inner: int) -> None:
         if kind == b"ftyp":
-            self._init = box
+            self._ftyp = box
         elif kind == b"moov":
-            self._init += box
+            self._init = self._ftyp + box
             self._has_moov = True
             self._timescale = _timescale(box[inner:])
         elif kind == b"moof":
