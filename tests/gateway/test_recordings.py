@@ -242,10 +242,15 @@ async def test_chunks_come_in_pages_with_their_pictures(tmp_path: Path) -> None:
         second = (await gateway.client.get(url, params=query, headers=BEARER)).json()
         picture = await gateway.client.get(first["data"][0]["thumbnail"], headers=BEARER)
         missing = await gateway.client.get(first["data"][1]["thumbnail"], headers=BEARER)
+        odd = [
+            (await gateway.client.get(f"{url}{path}", headers=BEARER)).status_code
+            for path in (f"?cursor={10**30}", f"/{10**30}/thumbnail", f"/../segments?cursor={10**30}")
+        ]
     assert [chunk["number"] for chunk in first["data"] + second["data"]] == [0, 1, 2, 3, 4]
     assert (first["has_more"], second["has_more"], second["next_cursor"]) == (True, False, None)
     assert (picture.content, picture.headers["content-type"]) == (b"\xff\xd8jpeg", "image/jpeg")
     assert missing.status_code == 404
+    assert odd == [422, 422, 422], "no chunk nor segment has such a number"
 
 
 async def test_an_uploaded_video_is_played_in_ranges_and_never_as_a_page(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import Sequence
 
 import pytest
@@ -251,6 +252,15 @@ async def test_a_dead_job_is_queued_again_with_all_its_attempts_and_what_it_had_
         await jobs.retry_dead(job.id, tenant="acme")
 
 
+async def test_a_job_that_is_done_shows_no_error_of_an_earlier_attempt(jobs: JobStore) -> None:
+    job = await made.submit(jobs)
+    assert await (await made.claim(jobs)).fail(Unavailable("vision is away"), retry=True) is JobState.QUEUED
+    assert (await jobs.get(job.id, tenant="acme")).error == "vision is away", "while it waits"
+    await (await made.claim(jobs)).finish({"text": "a yard"})
+    done = await jobs.get(job.id, tenant="acme")
+    assert (done.state, done.error_code, done.error) == (JobState.DONE, "", "")
+
+
 async def test_the_last_numbered_checkpoint_is_found_without_reading_all(jobs: JobStore) -> None:
     await made.submit(jobs)
     claim = await made.claim(jobs, "a")
@@ -370,6 +380,8 @@ async def test_lists_are_read_page_by_page_newest_first(jobs: JobStore, clock: C
     assert [len(seen), len(set(seen))] == [7, 7]
     with pytest.raises(InvalidRequest):
         await jobs.list(tenant="acme", cursor="bm90IG91cnM=")
+    with pytest.raises(InvalidRequest, match="cursor"):
+        await jobs.list(tenant="acme", cursor=base64.urlsafe_b64encode(b"0x1p99999 job").decode())
 
 
 async def test_the_backlog_is_counted_by_kind_and_state(jobs: JobStore, clock: Clock) -> None:

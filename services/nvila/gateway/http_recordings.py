@@ -31,6 +31,8 @@ _FINITE = Field(allow_inf_nan=False)
 
 Name = Annotated[str, Field(max_length=256)]
 Seconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Number = Annotated[int, Field(ge=0, lt=2**31)]
+"""Of a chunk or a segment, as the database counts them."""
 IdempotencyKey = Annotated[
     str | None, Header(description="The same key gives what the first request with it made, instead of a second one.")
 ]
@@ -342,7 +344,7 @@ def _add_contents(app: FastAPI) -> None:
         services: Having,
         tenant: Tenant,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-        cursor: Annotated[int | None, Query(ge=0)] = None,
+        cursor: Number | None = None,
         start_s: Seconds | None = None,
         end_s: Seconds | None = None,
     ) -> ChunkList:
@@ -363,7 +365,7 @@ def _add_contents(app: FastAPI) -> None:
         response_class=Response,
         responses={200: {"content": {"image/jpeg": {}}, "description": "A picture of the chunk."}},
     )
-    async def thumbnail(recording_id: str, number: int, services: Having, tenant: Tenant) -> Response:
+    async def thumbnail(recording_id: str, number: Number, services: Having, tenant: Tenant) -> Response:
         """A small picture of a chunk."""
         await services.recordings.get(tenant, recording_id)
         picture = await services.recordings.shelf.thumbnail(recording_id, number)
@@ -376,7 +378,7 @@ def _add_contents(app: FastAPI) -> None:
         services: Having,
         tenant: Tenant,
         limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-        cursor: Annotated[int | None, Query(ge=0)] = None,
+        cursor: Number | None = None,
         start_s: Seconds | None = None,
         end_s: Seconds | None = None,
     ) -> SegmentList:
@@ -401,7 +403,7 @@ def _add_contents(app: FastAPI) -> None:
         request: Request,
         services: Having,
         tenant: Tenant,
-        segment: Annotated[int | None, Query(ge=0)] = None,
+        segment: Number | None = None,
     ) -> Response:
         """The video of a segment (the first, unless told) where its file is kept, wherever that is. Ranges are
         understood. What browsers do not play is put into MP4, packets as they are."""
@@ -414,7 +416,7 @@ def _add_contents(app: FastAPI) -> None:
 
     @app.post(PATH + "/{recording_id}/media_link", tags=["recordings"])
     async def media_link(
-        recording_id: str, services: Having, tenant: Tenant, segment: Annotated[int | None, Query(ge=0)] = None
+        recording_id: str, services: Having, tenant: Tenant, segment: Number | None = None
     ) -> MediaLink:
         """An address of the video that needs no key for six hours, for a browser's player."""
         await services.recordings.media(tenant, recording_id, segment)

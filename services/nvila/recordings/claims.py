@@ -304,7 +304,7 @@ class ClaimTransaction:
         told: dict[str, Any] = {name: values[name] for name in ("error_code", "error") if name in values}
         await self.event(state.value, told)
         await job_rows.tell_recording(self._connection, self._row, state, **told)
-        self.changes |= {"state": state, "finished_at": self._at, **values}
+        self.changes |= {"state": state, "finished_at": self._at, "error_code": "", "error": "", **values}
 
     async def write(self) -> None:
         """Called by `Claim.transaction` at the end of the block."""

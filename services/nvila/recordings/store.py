@@ -361,7 +361,7 @@ def _read_cursor(cursor: str) -> tuple[float, str]:
     try:
         at, last_id = base64.urlsafe_b64decode(cursor.encode()).decode().split(" ")
         return float.fromhex(at), last_id
-    except (ValueError, binascii.Error):
+    except (ValueError, OverflowError, binascii.Error):
         raise InvalidRequest("cursor: not one that a page before this has given", param="cursor") from None
 
 
