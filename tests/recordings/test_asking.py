@@ -118,6 +118,16 @@ async def test_a_long_window_is_asked_about_in_parts_and_closed_over_their_answe
     assert all("part " in text and "What moves?" in text for text, _ in parts)
 
 
+async def test_progress_counts_parts_as_they_end_though_several_are_asked_about_together(asking: Asking) -> None:
+    recording = await fill(asking.jobs, 200)
+
+    job, _ = await run(asking, JobKind.ASK, recording, question="What moves?")
+
+    events = await asking.jobs.events_after(job.id, tenant="acme")
+    told = [event.data["done"] for event in events if event.kind == "progress"]
+    assert told == list(range(1, 14))
+
+
 async def test_answers_that_do_not_fit_one_call_are_condensed_first(asking: Asking) -> None:
     recording = await fill(asking.jobs, 400)
     asking.model.say = lambda text, window: "word " * 150 if window else "short"
@@ -257,6 +267,21 @@ async def test_chunks_of_a_still_scene_are_asked_about_once(asking: Asking) -> N
     assert [chunk["text"] for chunk in result["chunks"]] == ["<0>", "<16>", "<16>", "<16>", "<64>"]
     assert [chunk.get("is_unchanged", False) for chunk in result["chunks"]] == [False, False, True, True, False]
     assert sum(window is not None for _, window in asking.model.asked) == 3
+
+
+async def test_a_still_chunk_is_asked_about_when_the_window_shows_nothing_of_the_one_before(asking: Asking) -> None:
+    recording = await fill(
+        asking.jobs,
+        [
+            lambda one: replace(chunk_of(one, 0, keys=[1]), gaps=(Gap(start_s=8, end_s=16, reason="camera away"),)),
+            lambda one: chunk_of(one, 1, keys=[1, 1]),
+        ],
+    )
+    asking.model.say = lambda text, window: f"<{window.start_s:g}>" if window else "all"
+
+    _, result = await run(asking, JobKind.SUMMARY, recording, start_s=10.0)
+
+    assert [chunk.get("text") for chunk in result["chunks"]] == [None, "<16>"]
 
 
 # -- timelines

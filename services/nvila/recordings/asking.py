@@ -344,7 +344,7 @@ async def pieces(shelf: Shelf, window: RecordingWindow) -> list[Piece]:
     last: TokensRef | None = None
     for chunk in chunks:
         found.append(piece_of(chunk, window.start_s, window.end_s, last))
-        last = only_ref(chunk)
+        last = only_ref(chunk) if found[-1].has_frames else None
     return found
 
 

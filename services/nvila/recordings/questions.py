@@ -319,10 +319,13 @@ class AskHandler:
             async def note() -> Mapping[str, Any]:
                 return (await work()).to_json()
 
+            def progress() -> Mapping[str, Any]:
+                done.add(step)
+                return {"done": len(done), "of": len(stretches)}
+
             if not step.startswith("part/"):
                 return Note.from_json(await steps.once(step, note))
-            progress = {"done": len(done) + 1, "of": len(stretches)}
-            said = await steps.once(step, note, event="part", progress=lambda: progress)
+            said = await steps.once(step, note, event="part", progress=progress)
             done.add(step)
             return Note.from_json(said)
 
