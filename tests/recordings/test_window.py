@@ -155,6 +155,43 @@ def test_overlapping_chunks_show_each_moment_once() -> None:
     assert opened.gaps == ()
 
 
+@pytest.mark.parametrize(("chunk_s", "stride_s"), [(32, 27), (32, 5), (10, 7), (48, 40)])
+def test_chunks_that_overlap_by_parts_of_groups_show_every_moment_whole_and_in_parts(
+    chunk_s: int, stride_s: int
+) -> None:
+    chunks = [_cut_in_eights(number, number * stride_s, chunk_s) for number in range(60)]
+    one = replace(recording(), policy=ChunkPolicy(chunk_s=chunk_s, stride_s=stride_s), ingested_s=chunks[-1].end_s)
+    small = replace(BUDGET, groups=12, most_pool=1)
+
+    opened = lay(chunks, recording=one, budget=small)
+
+    starts = [group.times_s[0] for group in opened.groups]
+    assert starts == sorted(set(starts))
+    assert {at_s for group in opened.groups for at_s in group.times_s} == {float(n) for n in range(int(one.ingested_s))}
+    assert opened.planned.is_map
+    for stretch in opened.planned.stretches:
+        part = lay(chunks, stretch.start_s, stretch.end_s, recording=one, budget=small)
+        assert [group.times_s for group in part.groups] == [
+            group.times_s for group in opened.groups if stretch.start_s <= group.times_s[0] < stretch.end_s
+        ]
+
+
+def _cut_in_eights(number: int, start_s: int, chunk_s: int) -> RecordedChunk:
+    seconds = range(start_s, start_s + chunk_s)
+    groups = tuple(
+        Group(
+            times_s=tuple(map(float, seconds[at : at + 8])),
+            segment=0,
+            indices=tuple(seconds[at : at + 8]),
+            ref=ref(1000 * number + at),
+        )
+        for at in range(0, chunk_s, 8)
+    )
+    return RecordedChunk(
+        recording_id="rec", number=number, start_s=float(start_s), end_s=float(start_s + chunk_s), groups=groups
+    )
+
+
 def test_coverage_tells_static_frames_capture_times_and_the_plan() -> None:
     opened = lay([chunk_of("rec", 0), chunk_of("rec", 1, keys=[2, 2])], 0.0, 32.0)
     told = opened.coverage()

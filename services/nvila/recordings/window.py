@@ -284,27 +284,21 @@ def lay_window(
 ) -> OpenWindow:
     """A window's groups, gaps and plan from its chunks, in order of time.
 
-    A group belongs to a window when one of its frames does. Where chunks overlap, the first that has a frame gives it.
+    A group belongs to a window when one of its frames does. Where chunks overlap, one all of whose frames others have
+    is left out.
     """
     groups: list[Group] = []
     numbers: list[int] = []
     lost: list[Gap] = []
     dropped = 0
-    seen_s = -math.inf
-    for chunk in chunks:
-        for group in chunk.groups:
-            if not group.times_s or group.times_s[-1] < start_s or group.times_s[0] >= end_s:
-                continue
-            if group.times_s[0] <= seen_s:
-                continue
-            seen_s = group.times_s[-1]
-            if group.ref is None:
-                dropped += len(group.times_s)
-                until_s = group.times_s[-1] + 1 / recording.policy.fps
-                lost.append(Gap(start_s=group.times_s[0], end_s=until_s, reason=UNDECODABLE))
-                continue
+    for number, group in _covering(chunks, start_s, end_s):
+        if group.ref is None:
+            dropped += len(group.times_s)
+            until_s = group.times_s[-1] + 1 / recording.policy.fps
+            lost.append(Gap(start_s=group.times_s[0], end_s=until_s, reason=UNDECODABLE))
+        else:
             groups.append(group)
-            numbers.append(chunk.number)
+            numbers.append(number)
     if not groups:
         raise InvalidMedia(f"the window from {start_s:g} to {end_s:g} s holds no frame that could be decoded")
     gaps = _gaps(recording, start_s, end_s, chunks, lost)
@@ -327,6 +321,22 @@ def lay_window(
             config=config,
         ),
     )
+
+
+def _covering(chunks: Sequence[RecordedChunk], start_s: float, end_s: float) -> list[tuple[int, Group]]:
+    """Groups with their chunks' numbers, each beginning and ending after the one before it, which together have every
+    frame of the window. Of a window cut where one of them begins, the two parts have the same."""
+    found: list[tuple[int, Group]] = []
+    for chunk in chunks:
+        for group in chunk.groups:
+            if not group.times_s or group.times_s[-1] < start_s or group.times_s[0] >= end_s:
+                continue
+            if found and not any(found[-1][1].times_s[-1] < time_s < end_s for time_s in group.times_s):
+                continue
+            while found and group.times_s[0] <= max(start_s, found[-1][1].times_s[0]):
+                found.pop()
+            found.append((chunk.number, group))
+    return found
 
 
 def _units(groups: Sequence[Group], numbers: Sequence[int], gaps: Sequence[Gap]) -> list[Unit]:
