@@ -23,6 +23,7 @@ from nvila.recordings.summaries import SummaryHandler
 from nvila.recordings.timeline import TimelineHandler
 from nvila.recordings.types import Job, JobKind, Recording, RecordingState
 from nvila.recordings.when import WhenHandler, verdict
+from nvila.recordings.window import NOT_YET
 from nvila.types import Gap, ModelCard, RecordingWindow
 from tests.recordings import made
 from tests.recordings.asked import CAPTURED_AT, Asking, Dying, Killed, Model, chunk_of, fill, grow
@@ -451,6 +452,22 @@ async def test_a_window_of_a_growing_recording_stays_what_it_was_over_all_attemp
 
     assert result["window"] == {"start_s": 0, "end_s": 48}
     assert [chunk["chunk"] for chunk in result["chunks"]] == [0, 1, 2]
+
+
+async def test_an_answer_about_a_growing_recording_stands_on_what_its_plan_tells(asking: Asking, clock: Clock) -> None:
+    recording = await fill(asking.jobs, 3, state=RecordingState.LIVE)
+    await asking.submit(JobKind.ASK, recording, question="What moves?", end_s=200.0)
+    asking.model.dies_at = 0
+    with pytest.raises(Killed):
+        await handler(JobKind.ASK, asking)(await made.claim(asking.jobs, "first", JobKind.ASK))
+    asking.model.dies_at = None
+    await grow(asking.jobs, recording, chunk_of(recording.id, 3))
+    clock.now += 31
+
+    result = await handler(JobKind.ASK, asking)(await made.claim(asking.jobs, "second", JobKind.ASK))
+
+    assert result["gaps"] == [{"start_s": 48.0, "end_s": 200.0, "reason": NOT_YET}]
+    assert [part["frames"] for part in result["parts"]] == [result["plan"]["frames"]] == [48]
 
 
 @pytest.mark.parametrize("kind", [JobKind.ASK, JobKind.SUMMARY, JobKind.TIMELINE, JobKind.WHEN])

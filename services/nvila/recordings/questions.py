@@ -346,14 +346,16 @@ class AskHandler:
         budget, config = await budget_of(self._caller, question)
         budget = replace(budget, part_text=PART_POSITIONS)
         opened = await self._windows.open(window_of(job), job.tenant, budget, config)
-        looked = [opened]
+        looked = told = [opened]
         chosen: list[dict[str, Any]] = []
         if relevant is not None:
             window = RecordingWindow(recording_id=opened.recording.id, start_s=opened.start_s, end_s=opened.end_s)
             found = await self._relevance.most_like(text, window, job.tenant, relevant)
             chosen = [hit.to_json() for hit in found]
             spans = joined([(hit.start_s, hit.end_s) for hit in found])
-            looked = await self._open_each(job, spans, budget.of_part(), config)
+            looked = told = await self._open_each(job, spans, budget.of_part(), config)
+        elif opened.end_s > (reach_s := opened.recording.ingested_s):  # what comes later is not of this job
+            looked = await self._open_each(job, [(opened.start_s, reach_s)], budget, config)
         coverage = opened.coverage()
         return {
             "window": {"start_s": opened.start_s, "end_s": opened.end_s},
@@ -361,7 +363,7 @@ class AskHandler:
             "plan": asdict(joined_plan([one.planned for one in looked], budget, config)),
             "relevant": chosen,
             "frames_static": sum(one.coverage().frames_static for one in looked),
-            "gaps": [asdict(gap) for one in looked for gap in one.gaps],
+            "gaps": [asdict(gap) for one in told for gap in one.gaps],
             "stretches": [(part.start_s, part.end_s) for one in looked for part in one.planned.stretches],
         }
 
