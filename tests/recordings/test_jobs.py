@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import tracemalloc
 from collections.abc import Sequence
 
 import pytest
+from sqlalchemy import String, cast, literal, select, true
 
 from nvila.errors import Conflict, InvalidRequest, LimitExceeded, NotFound, Overloaded, Unavailable
 from nvila.recordings import schema
@@ -443,6 +445,44 @@ async def test_a_deleted_recording_is_gone_at_once_and_drains_behind(
     assert await store.count_chunks(recording.id) == 0
     assert await store.count_chunks(other.id) == 1
     assert [found.id for found in (await jobs.list(tenant="acme", recording_id=recording.id)).items] == [deletion.id]
+
+
+async def test_a_recording_about_which_a_hundred_thousand_calls_were_made_is_removed(
+    jobs: JobStore, store: RecordingStore, database: Database
+) -> None:
+    ingest = await _standing_on(jobs)
+    remover = await _removing(jobs, ingest)
+    await _copy(database, ingest.job.id, 100_000)
+
+    async with remover.transaction() as now:
+        await now.remove_recording()
+
+    left = await jobs.list(tenant="acme", recording_id=remover.job.recording_id)
+    assert [job.id for job in left.items] == [remover.job.id]
+
+
+async def test_a_deletion_reads_no_results_of_what_was_asked_before(jobs: JobStore, database: Database) -> None:
+    recording = made.recording()
+    await made.submit(jobs, kind=JobKind.INGEST, recording=recording)
+    claim = await made.claim(jobs)
+    await claim.finish({"text": "x" * 1_000_000})
+    await _copy(database, claim.job.id, 40)
+
+    tracemalloc.start()
+    await jobs.delete_recording(recording.id, tenant="acme")
+    most_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+
+    assert most_bytes < 10_000_000
+
+
+async def _copy(database: Database, job_id: str, count: int) -> None:
+    table, numbers = schema.jobs, select(literal(1).label("n")).cte(recursive=True)
+    numbers = numbers.union_all(select(numbers.c.n + 1).where(numbers.c.n < count))
+    copied = [literal("job_") + cast(numbers.c.n, String) if column is table.c.id else column for column in table.c]
+    rows = select(*copied).join_from(table, numbers, true()).where(table.c.id == job_id)
+    async with database.write() as connection:
+        await connection.execute(table.insert().from_select(list(table.c), rows))
 
 
 async def _standing_on(jobs: JobStore, *keys: str) -> Claim:

@@ -296,7 +296,7 @@ class ClaimTransaction:
         await store.remove_recording(self._connection, self._recording_id)
         table = schema.jobs
         query = select(table.c.id).where(table.c.recording_id == self._recording_id, table.c.id != self._row.id)
-        await job_rows.remove_jobs(self._connection, [job_id for (job_id,) in await self._connection.execute(query)])
+        await job_rows.remove_jobs(self._connection, query)
 
     async def end(self, state: JobState, **values: Any) -> None:
         """The job is over, in this transaction."""

@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Row, and_, delete, func, or_, select, update
+from sqlalchemy import Row, Select, and_, delete, func, or_, select, update
 from sqlalchemy.ext.asyncio import AsyncConnection
 
 from nvila.errors import Conflict, NotFound
@@ -179,7 +179,8 @@ async def write_event(
     return number
 
 
-async def remove_jobs(connection: AsyncConnection, ids: Sequence[str]) -> None:
+async def remove_jobs(connection: AsyncConnection, ids: Sequence[str] | Select[Any]) -> None:
+    """`ids`: some hundreds, or the query that finds them: a statement takes only so many parameters."""
     for table, column in (
         (schema.job_events, schema.job_events.c.job_id),
         (schema.checkpoints, schema.checkpoints.c.job_id),

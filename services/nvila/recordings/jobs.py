@@ -179,7 +179,8 @@ class JobStore:
             await store.read_recording(connection, recording_id, tenant=tenant)
             # Jobs before the recording, as workers hold them: otherwise each would wait for the other.
             mine = select(jobs).where(jobs.c.recording_id == recording_id).order_by(jobs.c.id).with_for_update()
-            rows = (await connection.execute(mine)).all()
+            not_over = [state for state in JobState if not state.is_over]  # the others may be many, and large
+            rows = (await connection.execute(mine.where(jobs.c.state.in_(not_over)))).all()
             await connection.execute(select(table.c.id).where(table.c.id == recording_id).with_for_update())
             await store.read_recording(connection, recording_id, tenant=tenant)  # nobody was faster
             for row in rows:
