@@ -17,7 +17,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.runtime.migration import MigrationContext
 from sqlalchemy import Connection, text
 
-from nvila.errors import NotFound, Unavailable
+from nvila.errors import InvalidRequest, NotFound, Unavailable
 from nvila.recordings import schema
 from nvila.recordings.database import Database
 from nvila.recordings.jobs import JobStore
@@ -73,6 +73,17 @@ async def test_another_tenants_recording_does_not_exist(jobs: JobStore, store: R
     with pytest.raises(NotFound):
         await store.update(theirs, tenant="acme", name="mine")
     assert (await store.list(tenant="acme")).items == []
+
+
+async def test_an_id_that_no_database_could_hold_is_an_error_of_the_request(
+    jobs: JobStore, store: RecordingStore
+) -> None:
+    with pytest.raises((NotFound, InvalidRequest)):
+        await store.get("rec_\0", tenant="acme")
+    with pytest.raises((NotFound, InvalidRequest)):
+        await jobs.cancel("job_\0", tenant="acme")
+    with pytest.raises((NotFound, InvalidRequest)):
+        await made.submit(jobs, recording_id="rec_\0")
 
 
 async def test_a_recordings_name_and_metadata_can_be_changed(jobs: JobStore, store: RecordingStore) -> None:

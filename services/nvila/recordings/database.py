@@ -22,11 +22,13 @@ from sqlalchemy import URL, Connection, Table, event, exc, make_url, text
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
-from nvila.errors import Unavailable
+from nvila.errors import InvalidRequest, Unavailable
 
 _DRIVERS = {"sqlite": "sqlite+aiosqlite", "postgresql": "postgresql+psycopg"}
 _MIGRATIONS_LOCK = 0x6E76_696C_61  # "nvila": the key of PostgreSQL's advisory lock; any constant would do
 _AWAY = (exc.OperationalError, exc.InterfaceError, exc.TimeoutError)
+_NOT_KEPT = "a text that was given holds a NUL character, or a number is larger than any that is kept"
+"""PostgreSQL refuses such a value, even to look for it; SQLite takes it."""
 
 Insert = sqlite.Insert | postgresql.Insert
 
@@ -84,6 +86,8 @@ class Database:
                 yield connection
         except _AWAY as error:
             raise Unavailable("the database of recordings does not answer") from error
+        except exc.DataError as error:
+            raise InvalidRequest(_NOT_KEPT) from error
 
     @asynccontextmanager
     async def write(self) -> AsyncIterator[AsyncConnection]:
@@ -96,6 +100,8 @@ class Database:
                     yield connection
         except _AWAY as error:
             raise Unavailable("the database of recordings does not answer") from error
+        except exc.DataError as error:
+            raise InvalidRequest(_NOT_KEPT) from error
 
     def insert(self, table: Table) -> Insert:
         """An INSERT that can say what happens on a conflict, in this database's dialect."""
