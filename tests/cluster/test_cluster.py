@@ -35,7 +35,7 @@ def test_status_tells_pools_ranges_versions_and_what_they_do(nvila: Run) -> None
     pools = outcome.json["pools"]
 
     assert outcome.code == 0
-    assert list(pools) == ["gateway", "vision", "redis", "decode", "collector"]
+    assert list(pools) == ["gateway", "recordings", "vision", "redis", "decode", "collector"]
     assert (pools["vision"]["ready"], pools["vision"]["scaled_by"], pools["vision"]["range"]) == (1, "keda", [1, 8])
     assert pools["vision"]["version"] == "docker.io/nvila/vision:0.1.0-gpu"
     assert pools["vision"]["gpus"] == {"nvidia.com/gpu": 1}
@@ -74,6 +74,24 @@ def test_status_without_the_right_to_read_metrics_says_which_right(nvila: Run) -
 
     assert outcome.code == 4
     assert 'resources: ["pods/proxy"], verbs: ["get"]' in outcome.err
+
+
+def test_workers_of_recordings_are_a_pool_that_is_shown_waited_for_and_scaled(nvila: Run) -> None:
+    state = made.installed()
+    made.break_pod(state, "recordings", last={"reason": "Error", "exitCode": 1})
+    status, wait = nvila(state, "status", "--json"), nvila(state, "wait", "--timeout", "1")
+
+    assert status.code == 7
+    assert (status.json["pools"]["recordings"]["ready"], status.json["pools"]["recordings"]["desired"]) == (1, 2)
+    assert "recordings 1 of 2 (recordings ended 4 times" in wait.err
+    assert nvila(state, "scale", "recordings=4").out == "recordings: Deployment nvila-recordings 2 → 4\n"
+
+
+def test_workers_of_recordings_take_one_number_since_nothing_scales_them(nvila: Run) -> None:
+    outcome = nvila(made.installed(), "scale", "recordings=2..4")
+
+    assert outcome.code == 3
+    assert outcome.err.strip().endswith("so it takes one number")
 
 
 def test_a_cluster_without_kuberay_and_keda_has_plain_pools(nvila: Run) -> None:
@@ -165,7 +183,14 @@ def test_long_lists_come_in_pages_and_begin_anew_when_a_page_is_too_old(nvila: R
     state = made.installed()
     state.page_size, state.gone_pages = 2, 1
 
-    assert list(nvila(state, "status", "--json").json["pools"]) == ["gateway", "vision", "redis", "decode", "collector"]
+    assert list(nvila(state, "status", "--json").json["pools"]) == [
+        "gateway",
+        "recordings",
+        "vision",
+        "redis",
+        "decode",
+        "collector",
+    ]
 
 
 # -- wait
@@ -281,7 +306,7 @@ def test_scale_sets_the_replicas_of_a_plain_pool(nvila: Run) -> None:
         ("two-pools", ["vision"], 3, "say vision=4"),
         ("two-pools", ["vision=many"], 3, "say vision=4"),
         ("two-pools", ["vision=4..2"], 3, "must go up"),
-        ("two-pools", ["redis=2"], 3, "redis cannot be scaled; gateway, vision, decode can"),
+        ("two-pools", ["redis=2"], 3, "redis cannot be scaled; gateway, recordings, vision, decode can"),
         ("two-pools", ["vision=1", "vision=2"], 3, "named once"),
         ("two-pools", ["decode=0"], 3, "at least 1"),
         ("laptop", ["vision=2..4"], 3, "no autoscaler holds this pool"),

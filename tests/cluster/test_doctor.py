@@ -270,6 +270,14 @@ def test_why_a_pool_is_not_ready_is_told_with_its_mend(nvila: Run, fault: object
     assert mend in nvila(state, "doctor", "--json").finding(said)["mend"]
 
 
+def test_workers_of_recordings_that_end_again_are_told_with_where_they_say_why(nvila: Run) -> None:
+    state = made.installed()
+    made.break_pod(state, "recordings", last={"reason": "Error", "exitCode": 1})
+
+    found = nvila(state, "doctor", "--json").finding("recordings: 1 of 2 ready: recordings ended 4 times")
+    assert "-l app.kubernetes.io/component=recordings" in found["mend"]
+
+
 def test_an_operator_that_does_not_run_is_noticed(nvila: Run) -> None:
     state = made.installed()
     service = dict(state.get(f"/apis/ray.io/v1/namespaces/{NAMESPACE}/rayservices", "nvila-decode"))

@@ -9,7 +9,7 @@ from typing import Any
 from nvila.cli.cluster_api import Cluster, Json
 from nvila.errors import NotFound
 
-COMPONENTS = ("gateway", "vision", "redis", "decode", "collector")
+COMPONENTS = ("gateway", "recordings", "vision", "redis", "decode", "collector")
 """In the order of the data path; the chart's `app.kubernetes.io/component`."""
 _COMPONENT = "app.kubernetes.io/component"
 _PULL = ("ErrImagePull", "ImagePullBackOff", "InvalidImageName", "ErrImageNeverPull")

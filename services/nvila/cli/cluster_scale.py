@@ -17,7 +17,7 @@ from nvila.cli.cluster_api import Cluster, Json
 from nvila.cli.cluster_release import Pool, Release
 from nvila.errors import InvalidRequest
 
-SCALABLE = ("gateway", "vision", "decode")
+SCALABLE = ("gateway", "recordings", "vision", "decode")
 DEPLOYMENT = "Replica"
 """Name of the Serve deployment that generates (`nvila.decode.app`)."""
 
@@ -65,9 +65,9 @@ def check(release: Release, wishes: Sequence[Wish]) -> None:
     for wish in wishes:
         pool = release.pool(wish.component)
         if not pool.scaled_by and pool.kind != "RayService" and wish.least != wish.most:
+            mend = "" if wish.component == "recordings" else f"; a range needs {wish.component}.autoscaling"
             raise InvalidRequest(
-                f"{wish.component}={wish.text}: no autoscaler holds this pool, so it takes one number; "
-                f"a range needs {wish.component}.autoscaling.kind in the values"
+                f"{wish.component}={wish.text}: no autoscaler holds this pool, so it takes one number{mend}"
             )
         if wish.component == "decode" and wish.least == 0:
             raise InvalidRequest("decode=0: the gateway learns from a replica what is served; at least 1 is needed")
