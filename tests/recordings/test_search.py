@@ -39,6 +39,7 @@ class Rows:
         self.chunks_ = chunks
         self.reads = 0
         self.without: set[int] = set()
+        self.narrow: set[int] = set()  # chunks that were ingested for a model of half the width
         self.newer = 0  # chunks that are written between the look at spans and the look at vectors
 
     async def get(self, recording_id: str, *, tenant: str) -> Recording:
@@ -52,7 +53,12 @@ class Rows:
         first = 0 if after is None else after + 1
         self.reads += max(0, self.chunks_ - first)
         return [
-            (number, unit(10 * COMMON_D + direction(number)).astype("<f4").tobytes())
+            (
+                number,
+                unit(10 * COMMON_D + direction(number))[: WIDTH // 2 if number in self.narrow else WIDTH]
+                .astype("<f4")
+                .tobytes(),
+            )
             for number in range(first, self.chunks_)
             if number not in self.without
         ]
@@ -172,3 +178,10 @@ async def test_another_models_vectors_are_not_compared() -> None:
     rows = Rows(3)
     with pytest.raises(InvalidRequest, match="have 32 channels, the served model 16"):
         await SimilaritySearch(rows, Words(16)).most_like("1", window(rows), "acme", 1)
+
+
+async def test_a_recording_of_one_model_after_another_is_not_searched() -> None:
+    rows = Rows(3)
+    rows.narrow = {0, 1}
+    with pytest.raises(InvalidRequest, match=r"have \[16, 32\] channels: .* one model after another"):
+        await searching(rows).most_like("1", window(rows), "acme", 1)

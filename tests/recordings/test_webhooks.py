@@ -18,6 +18,7 @@ from cryptography.fernet import Fernet
 
 from nvila.errors import ForbiddenURL, InvalidRequest, LimitExceeded, Unavailable
 from nvila.gateway.egress import EgressPolicy, PinnedBackend, parse_url
+from nvila.recordings.asking import MOST_QUESTION_CHARS
 from nvila.recordings.seal import Seal
 from nvila.recordings.types import Job, JobKind, JobState
 from nvila.recordings.webhooks import (
@@ -251,3 +252,9 @@ def test_no_address_is_no_webhook() -> None:
 def test_an_event_that_is_too_large_is_refused() -> None:
     with pytest.raises(LimitExceeded, match="at most 65,536"):
         deliver_params(Webhook(url="https://x", secret=SECRET), "m", {"text": "x" * 70_000})
+
+
+def test_an_alert_fits_its_call_whichever_alphabet_its_question_is_in() -> None:
+    question = "🚪" * MOST_QUESTION_CHARS
+    params = deliver_params(Webhook(url="https://x", secret=SECRET), "m", {"question": question})
+    assert json.loads(params["body"])["question"] == question

@@ -125,6 +125,15 @@ class RecordingIndex:
     def add(self, rows: Sequence[tuple[int, bytes]]) -> None:
         if not rows:
             return
+        widths = {len(vector) // 4 for _, vector in rows}
+        if self._raw_ND is not None:
+            widths.add(self._raw_ND.shape[1])
+        if len(widths) > 1:
+            raise InvalidRequest(
+                f"the recording's chunk vectors have {sorted(widths)} channels: it was ingested for one model after "
+                "another, and its chunks cannot be compared with each other",
+                param="relevant_chunks",
+            )
         new_ND = np.stack([np.frombuffer(vector, "<f4") for _, vector in rows])
         raw_ND = new_ND if self._raw_ND is None else np.concatenate([self._raw_ND, new_ND])
         self._raw_ND = raw_ND

@@ -92,7 +92,7 @@ def _key(secret: str) -> bytes:
 
 def deliver_params(webhook: Webhook, webhook_id: str, event: Mapping[str, Any]) -> dict[str, Any]:
     """Params of the job that makes one call. Raises `LimitExceeded` for an event that is too large to be sent."""
-    body = json.dumps({"id": webhook_id, **event}, separators=(",", ":"))
+    body = json.dumps({"id": webhook_id, **event}, separators=(",", ":"), ensure_ascii=False)
     if len(body.encode()) > MOST_BODY_BYTES:
         raise LimitExceeded.of("bytes of a webhook's event", asked=len(body.encode()), limit=MOST_BODY_BYTES)
     return {"webhook_url": webhook.url, "secret": webhook.secret, "webhook_id": webhook_id, "body": body}
