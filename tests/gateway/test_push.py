@@ -91,6 +91,15 @@ def test_what_is_not_what_it_says_is_refused(
         _cut(tmp_path, content_type, data, None)
 
 
+@pytest.mark.parametrize(("content_type", "container", "options"), [(TS_TYPE, "mpegts", {}), (MP4_TYPE, "mp4", MP4)])
+def test_a_capture_time_in_milliseconds_is_refused_and_nothing_is_taken(
+    tmp_path: Path, content_type: str, container: str, options: dict[str, str]
+) -> None:
+    with pytest.raises(InvalidMedia, match="must be seconds since 1970"):
+        _cut(tmp_path, content_type, encoded(container, options=options), 1.8e12)
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]
+
+
 def test_a_head_that_comes_again_is_held_once(tmp_path: Path) -> None:
     data = encoded("mp4", options=MP4)
     moov = data.index(b"moov") - 4

@@ -135,6 +135,7 @@ async def test_the_same_key_gives_the_same_recording_and_another_request_with_it
         ({"source": {"type": "url", "url": "https://a:99999/"}}, 422, "source.url"),
         ({"source": {"type": "url", "url": "https://a/" + "x" * 3000}}, 413, "source.url"),
         ({"source": {"type": "rtsp", "url": "https://a/"}}, 403, "source.url"),
+        ({**PUSH, "captured_at": 1.8e12}, 422, "captured_at"),
         ({**PUSH, "policy": {"fps": 0}}, 422, "policy.fps"),
         ({**PUSH, "policy": {"chunk_s": 1e9}}, 422, "policy.chunk_s"),
         ({**PUSH, "policy": {"speed": 1}}, 422, "policy.speed"),

@@ -30,6 +30,8 @@ _MOST_PICTURE_BYTES = 16 << 20
 _MOST_BOX_BYTES = 32 << 20
 _MOST_PICTURES = 256
 _SILENCE_S = 60.0
+_LATEST_S = 1e11
+"""Beyond the year 5000: milliseconds were meant, or the media's own clock is broken."""
 
 
 class Sink(Protocol):
@@ -110,6 +112,8 @@ class Pieces:
         return self._file is not None
 
     def begin(self, captured_at: float, head: bytes) -> None:
+        if captured_at > _LATEST_S:
+            raise InvalidMedia(f"captured_at: {captured_at:g} comes out, must be seconds since 1970")
         self._path = self.sink.new_path()
         self._file = self._path.open("xb")
         self._captured_at = captured_at
@@ -411,7 +415,7 @@ class JpegCutter:
             at, size = _PICTURE_HEAD.unpack_from(self._left)
             if size > _MOST_PICTURE_BYTES:
                 raise LimitExceeded.of("bytes of a picture", asked=size, limit=_MOST_PICTURE_BYTES)
-            if not math.isfinite(at) or at < 0 or at > 1e11:
+            if not math.isfinite(at) or at < 0 or at > _LATEST_S:
                 raise InvalidMedia(f"a picture's capture time is {at:g}, must be seconds since 1970")
             if len(self._left) < _PICTURE_HEAD.size + size:
                 return

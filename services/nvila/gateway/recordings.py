@@ -57,6 +57,8 @@ _MOST_METADATA = 16
 _LONGEST_METADATA = 512
 _KEY = re.compile(r"[!-~]{1,255}")
 _CHUNKS_AT_ONCE = 1000
+_LATEST_S = 1e10
+"""Beyond the year 2286 milliseconds were meant; windows end there, too."""
 
 
 class Shelf(Protocol):
@@ -198,6 +200,11 @@ class Recordings:
         source, name = await self._source(tenant, new)
         _check_policy(new.policy)
         _check_metadata(new.metadata)
+        if new.captured_at is not None and not 0 <= new.captured_at <= _LATEST_S:
+            raise InvalidRequest(
+                f"captured_at: {new.captured_at:g} given, must be seconds since 1970, at most {_LATEST_S:g}",
+                param="captured_at",
+            )
         if source.secret is not None:
             source = replace(source, secret=self._seal.close(source.secret))
         recording = Recording(
