@@ -2,10 +2,12 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from nvila.decode.build import Decode
+from nvila.decode.build import Decode, build
+from nvila.decode.settings import Settings
 from nvila.errors import DeadlineExceeded, InvalidRequest, LimitExceeded
 from nvila.telemetry.metrics import Metrics
 from nvila.types import Accepted, FinishReason, SamplingParams, TokensMissing
@@ -172,3 +174,11 @@ async def test_every_generation_is_counted_once_by_how_it_ended(decode: Decode, 
         await answer(decode.service.generate(request(sampling=SamplingParams(max_tokens=0))))
     assert counted() == before + 2
     assert b"nvila_decode_pending_tokens 0.0" in metrics.render()
+
+
+async def test_a_service_that_nobody_has_asked_yet_reports_that_nothing_waits(model_folder: Path) -> None:
+    metrics = Metrics()
+    settings = Settings(model=model_folder, engine="transformers", dtype="float32", max_model_len=MAX_MODEL_LEN)
+    async with build(settings, metrics):
+        page = metrics.render().decode().splitlines()
+    assert {"nvila_decode_pending_tokens 0.0", "nvila_decode_backlog_seconds 0.0"} <= set(page)

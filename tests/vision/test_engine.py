@@ -21,6 +21,7 @@ from nvila.model.encoder import Prepared, VisionEncoder
 from nvila.telemetry.metrics import Metrics
 from nvila.types import EncodeSettings, Level, MediaKind, TokenDtype
 from nvila.vision.engine import Engine, EngineLimits, Features, choose
+from nvila.vision.service import VisionService
 from tests.model.conftest import make_static_s2
 from tests.vision.chunks import image_settings, make_chunk, video_chunk, video_settings
 
@@ -255,3 +256,23 @@ def test_closing_fails_what_waits(gated: GatedEncoder) -> None:
     assert any(isinstance(error, Unavailable) for error in ended)
     with pytest.raises(Unavailable):
         submit(engine, 1, 1)
+
+
+# -- what it reports --------------------------------------------------------------------------------------------------
+
+
+def test_a_service_that_nobody_has_asked_yet_reports_that_nothing_waits_and_nothing_was_computed(
+    gated: GatedEncoder, checkpoint: Checkpoint
+) -> None:
+    metrics = Metrics()
+    engine = Engine(gated, LIMITS, metrics)
+    VisionService(
+        engine, None, metrics, config=checkpoint.config, vision_revision="r", max_frames=8, max_request_bytes=1,
+        max_pending_bytes=1,
+    )  # fmt: skip
+    engine.close()
+    assert {
+        "nvila_vision_pending_tiles 0.0",
+        "nvila_vision_backlog_seconds 0.0",
+        'nvila_vision_stage_seconds_total{stage="tower"} 0.0',
+    } <= set(metrics.render().decode().splitlines())

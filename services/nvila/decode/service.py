@@ -66,6 +66,7 @@ class DecodeService:
         self._positions_per_s = 0.0
         self.running = 0
         """Generations that are being worked on."""
+        self._note_backlog()  # a replica that nobody has asked yet reports, too
 
     async def describe(self) -> ModelCard:
         return self._card
@@ -220,9 +221,7 @@ class DecodeService:
 
         def change(by: int) -> None:
             self._pending += by
-            backlog_s = self._pending / self._positions_per_s if self._positions_per_s else 0.0
-            self._metrics.set(names.DECODE_PENDING_TOKENS, self._pending)
-            self._metrics.set(names.DECODE_BACKLOG_SECONDS, backlog_s)
+            self._note_backlog()
 
         def begun() -> None:
             nonlocal waiting
@@ -234,6 +233,11 @@ class DecodeService:
             yield begun
         finally:
             begun()
+
+    def _note_backlog(self) -> None:
+        backlog_s = self._pending / self._positions_per_s if self._positions_per_s else 0.0
+        self._metrics.set(names.DECODE_PENDING_TOKENS, self._pending)
+        self._metrics.set(names.DECODE_BACKLOG_SECONDS, backlog_s)
 
     def _measure(self, positions: int, seconds: float) -> None:
         """Take a prefill into the engine's recent speed."""

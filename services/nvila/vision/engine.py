@@ -122,6 +122,7 @@ class Engine:
         self._unprepared: list[_Job] = []
         self._waiting: list[_Job] = []
         self._is_closed = False
+        self._note()  # an engine that nobody has asked yet reports, too
         self._threads = [
             threading.Thread(target=self._live, args=(self._prepare_all,), name="nvila-prepare", daemon=True),
             threading.Thread(target=self._live, args=(self._compute_all,), name="nvila-tower", daemon=True),
