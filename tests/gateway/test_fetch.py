@@ -35,6 +35,7 @@ from nvila.gateway.egress import AllowRule, EgressPolicy, is_public
 from nvila.gateway.fetch import FetchLimits, MediaFetcher
 from nvila.gateway.files import FileStore
 from nvila.gateway.scratch import Scratch
+from nvila.locks import LOCK
 from nvila.telemetry.metrics import Metrics
 from nvila.types import Deadline, MediaKind, MediaSource
 
@@ -80,7 +81,7 @@ async def _fetching(
     )
     try:
         yield fetcher
-        assert [path for path in (folder / "scratch").rglob("*") if path.is_file()] == []
+        assert [path.name for path in (folder / "scratch").rglob("*") if path.is_file()] == [LOCK]
     finally:
         await fetcher.close()
         scratch.close()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import os
 import socket
 import tracemalloc
 from collections.abc import AsyncIterator
@@ -19,6 +18,7 @@ from nvila.errors import InvalidRequest, LimitExceeded, NotFound, NvilaError
 from nvila.gateway import multipart
 from nvila.gateway.files import FileStore, look_at, plain_name
 from nvila.gateway.scratch import Scratch
+from nvila.locks import LOCK
 from nvila.types import MediaKind
 from tests.gateway.faces import BEARER, KEY, LIMITS, OTHER_KEY, Gateway, serving
 
@@ -37,7 +37,7 @@ async def _upload(gateway: Gateway, name: str = "a.png", data: bytes = PNG, key:
 
 
 def _stray(folder: Path) -> list[Path]:
-    return [path for path in (folder / "scratch").rglob("*") if path.is_file()]
+    return [path for path in folder.rglob("*") if path.is_file() and path.name != LOCK]
 
 
 async def test_the_openai_client_uploads_lists_reads_and_deletes(tmp_path: Path) -> None:
@@ -54,7 +54,7 @@ async def test_the_openai_client_uploads_lists_reads_and_deletes(tmp_path: Path)
         assert (await client.files.delete(made.id)).deleted
         with pytest.raises(openai.NotFoundError):
             await client.files.retrieve(made.id)
-    assert _stray(tmp_path) == []
+    assert _stray(tmp_path / "scratch") == []
 
 
 async def test_pages_go_by_age_in_both_orders(tmp_path: Path) -> None:
@@ -169,11 +169,11 @@ async def test_files_outlive_the_process_and_what_it_left_half_done_is_removed(t
         kept = await store.add("acme", await spool.finish(), filename="a", purpose="vision")
     (first.new_path()).write_bytes(b"half an upload")
     beside = Scratch(tmp_path / "scratch")  # another process, while the first is alive: it removes nothing
-    assert len(_stray(tmp_path)) == 1
-    os.close(first._lock)  # the first dies: the system closes its lock
+    assert len(_stray(tmp_path / "scratch")) == 1
+    first._folder._locks.close()  # the first dies: the system closes its locks
     beside.close()
     second = Scratch(tmp_path / "scratch")
-    assert _stray(tmp_path) == []
+    assert _stray(tmp_path / "scratch") == []
     again = FileStore(tmp_path / "files", second)
     assert await again.get("acme", kept.id) == kept
     assert again.content_path("acme", kept.id).read_bytes() == b"whole"
@@ -192,7 +192,7 @@ async def test_a_file_in_use_outlives_its_deletion(tmp_path: Path) -> None:
         assert media.digest == blake3(b"whole").digest()
     with pytest.raises(NotFound):
         await store.get("acme", file.id)
-    assert _stray(tmp_path) == []
+    assert _stray(tmp_path / "scratch") == []
     scratch.close()
 
 
@@ -260,7 +260,7 @@ async def test_forms_that_are_odd_are_refused(
 ) -> None:
     with pytest.raises(error):
         await _receive(Scratch(tmp_path), body, 100, content_type)
-    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert _stray(tmp_path) == []
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ async def test_uploads_that_cannot_be_kept_say_why(
         assert (await gateway.client.get("/v1/files", headers=BEARER)).json()["data"] == []
     assert response.status_code == 422
     assert response.json()["error"]["param"] == param
-    assert _stray(tmp_path) == []
+    assert _stray(tmp_path / "scratch") == []
 
 
 async def test_a_large_upload_takes_constant_memory(tmp_path: Path) -> None:
@@ -334,7 +334,7 @@ async def test_an_upload_that_lies_about_its_end_is_cut_off(tmp_path: Path) -> N
         response = await gateway.client.post("/v1/files", content=endless(), headers=headers)
     assert response.status_code == 413
     assert response.headers["connection"] == "close"
-    assert _stray(tmp_path) == []
+    assert _stray(tmp_path / "scratch") == []
 
 
 async def test_a_client_that_leaves_in_the_middle_of_an_upload_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -349,11 +349,11 @@ async def test_a_client_that_leaves_in_the_middle_of_an_upload_leaves_nothing_be
         headers = {**BEARER, "Content-Type": _TYPE}
         sending = asyncio.create_task(gateway.client.post("/v1/files", content=half(), headers=headers))
         await began.wait()
-        while not _stray(tmp_path):
+        while not _stray(tmp_path / "scratch"):
             await asyncio.sleep(0.005)
         sending.cancel()
         async with asyncio.timeout(30):
-            while _stray(tmp_path):
+            while _stray(tmp_path / "scratch"):
                 await asyncio.sleep(0.005)
 
 

@@ -195,7 +195,7 @@ class _Store:
         self.uploads = Uploads(folder / "uploads", self.files, self.scratch, UploadLimits(**most))  # type: ignore[arg-type]
 
     def die(self) -> None:
-        os.close(self.scratch._lock)
+        self.scratch._folder._locks.close()
 
     async def begin(self) -> Upload:
         return await self.uploads.create("acme", size_bytes=len(DATA), filename="a", purpose="vision")

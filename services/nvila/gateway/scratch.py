@@ -1,17 +1,13 @@
 """Temporary files of one process, counted and hashed while they are written, in constant memory.
 
-A process's files live in a folder that it holds a lock on; the lock dies with the process, however it ends, and the
-next process to start removes what dead ones left behind.
+A process's files live in a folder of its own; the next process to start removes what dead ones left behind.
 """
 
 from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
-import os
 import secrets
-import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -20,6 +16,7 @@ from pathlib import Path
 from blake3 import blake3
 
 from nvila.errors import LimitExceeded, Unavailable
+from nvila.locks import OwnFolder
 
 _FLUSH_BYTES = 1 << 20
 
@@ -87,12 +84,10 @@ class Scratch:
     """This process's folder under `root`. Files leave it by being moved away, or when their context ends."""
 
     def __init__(self, root: Path) -> None:
-        root.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _remove_left_behind(root)
-        self._folder, self._lock = _make_locked_folder(root)
+        self._folder = OwnFolder(root)
 
     def new_path(self) -> Path:
-        return self._folder / secrets.token_hex(16)
+        return self._folder.path / secrets.token_hex(16)
 
     @asynccontextmanager
     async def spool(self, limit_bytes: int, param: str | None = None) -> AsyncIterator[Spool]:
@@ -106,37 +101,4 @@ class Scratch:
             path.unlink(missing_ok=True)
 
     def close(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-        os.close(self._lock)
-
-
-def _make_locked_folder(root: Path) -> tuple[Path, int]:
-    """Tried again when another process, starting at the same moment, took the new folder for one left behind."""
-    while True:
-        folder = root / f"{os.getpid()}-{secrets.token_hex(8)}"
-        folder.mkdir(mode=0o700)
-        handle = _lock(folder)
-        if handle is not None and folder.exists():
-            return folder, handle
-
-
-def _lock(folder: Path) -> int | None:
-    """A lock on a folder, held until closed or the process ends; None when another process has it."""
-    try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    except FileNotFoundError:
-        return None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        return None
-    return handle
-
-
-def _remove_left_behind(root: Path) -> None:
-    for folder in root.iterdir():
-        handle = _lock(folder)
-        if handle is not None:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(handle)
+        self._folder.close()

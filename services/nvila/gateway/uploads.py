@@ -2,7 +2,7 @@
 
 `<folder>/<tenant>/<id>/` holds `content`, which only ever grows, and `meta.json`, which never changes. How far an
 upload is, is the length of `content`: what was written before a kill counts, and nothing else has to agree with it. One
-writer at a time, by a lock on the folder that dies with its process; several gateways may share all of it.
+writer at a time, by a lock on a file in it that dies with its process; several gateways may share all of it.
 
 The file's id is chosen when the upload begins. Finishing links the content into the file store, then leaves a `done` in
 its place: a kill at any moment leaves either an upload that finishes when it is next looked at, or the file.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import asyncio
 import errno
-import fcntl
 import json
 import os
 import re
@@ -30,6 +29,7 @@ from blake3 import blake3
 from nvila.errors import Conflict, DeadlineExceeded, InvalidRequest, LimitExceeded, NotFound, Overloaded, Unavailable
 from nvila.gateway.files import FILE_PREFIX, PURPOSES, TENANT, FileStore, plain_name
 from nvila.gateway.scratch import Scratch, Spooled
+from nvila.locks import LOCK, lock_file
 
 UPLOAD_PREFIX = "upload_"
 
@@ -125,9 +125,8 @@ class Uploads:
     async def delete(self, tenant: str, upload_id: str) -> None:
         """Forget an upload. The file that it became stays."""
         folder = self._upload_folder(tenant, upload_id)
-        with _locked(folder):
-            await asyncio.to_thread(self._read, folder)
-            await asyncio.to_thread(self._remove, folder)
+        await asyncio.to_thread(self._read, folder)
+        await asyncio.to_thread(self._remove, folder)
 
     async def sweep(self) -> None:
         """Remove what expired, of all tenants."""
@@ -204,9 +203,9 @@ class Uploads:
 
     def _remove(self, folder: Path) -> None:
         aside = self._scratch.new_path()
-        with suppress(FileNotFoundError):
+        with _locked(folder):
             folder.rename(aside)
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)  # without the lock: NFS keeps a name of the file while it is open
 
     def _sweep(self) -> None:
         for tenant in _names(self._folder):
@@ -215,7 +214,7 @@ class Uploads:
                 try:
                     self._read(folder)
                 except NotFound:
-                    with suppress(NotFound, Conflict), _locked(folder):
+                    with suppress(NotFound, Conflict):
                         self._remove(folder)
 
     def _tenant_folder(self, tenant: str) -> Path:
@@ -239,17 +238,15 @@ class _Meta:
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
     try:
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        lock = lock_file(folder / LOCK)
     except (FileNotFoundError, NotADirectoryError):
         raise _missing() from None
+    if lock is None:
+        raise Conflict("this upload is being written to by another request", retry_after_s=1)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Conflict("this upload is being written to by another request", retry_after_s=1) from None
         yield
     finally:
-        os.close(handle)
+        os.close(lock)
 
 
 async def _write(content: BinaryIO, body: AsyncIterable[bytes], room: int, silence_s: float) -> None:

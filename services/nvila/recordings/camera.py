@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -41,6 +40,7 @@ from nvila.errors import (
     UnsupportedMedia,
     from_wire,
 )
+from nvila.locks import OwnFolder
 from nvila.recordings.connection import Hello
 from nvila.recordings.seal import Seal
 from nvila.recordings.sources import Away, Connections, Footage, LiveEvent, Lost, MetricSink
@@ -77,18 +77,13 @@ class CameraLimits:
 
 
 class CameraReader:
-    """Reads RTSP sources (`sources.LiveReader`). `folder`: for pieces on their way, this process's alone while it
-    lives; what killed processes left there is removed."""
+    """Reads RTSP sources (`sources.LiveReader`). `folder`: where pieces on their way lie, in a folder of this process's
+    own; what killed processes left there is removed."""
 
     def __init__(
         self, door: Door, folder: Path, metrics: MetricSink, limits: CameraLimits, seal: Seal | None = None
     ) -> None:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        _remove_left_behind(folder)
-        self._folder = folder / f"{os.getpid()}-{secrets.token_hex(4)}"
-        self._folder.mkdir(mode=0o700)
-        self._lock = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self._folder = OwnFolder(folder)
         self._door = door
         self._connections = Connections(metrics, SourceKind.RTSP)
         self._limits = limits
@@ -102,8 +97,7 @@ class CameraReader:
 
     def close(self) -> None:
         """Once no events are being iterated."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-        os.close(self._lock)
+        self._folder.close()
 
     async def events(self, recording: Recording, after: Segment | None = None) -> AsyncGenerator[LiveEvent, None]:
         source = recording.source
@@ -113,7 +107,7 @@ class CameraReader:
         key = (recording.tenant, source.url, secret or "")
         capture = self._captures.get(key)
         if capture is None:
-            folder = self._folder / secrets.token_hex(8)
+            folder = self._folder.path / secrets.token_hex(8)
             capture = _Capture(self._door, source.url, secret, folder, self._connections, self._limits)
             self._captures[key] = capture
         listener = capture.listen()
@@ -316,18 +310,3 @@ def _authorities() -> dict[str, str]:
     trusted = ssl.get_default_verify_paths()
     found = {trusted.openssl_cafile_env: trusted.cafile, trusted.openssl_capath_env: trusted.capath}
     return {name: path for name, path in found.items() if path is not None}
-
-
-def _remove_left_behind(folder: Path) -> None:
-    for left in folder.iterdir():
-        try:
-            handle = os.open(left, os.O_RDONLY | os.O_DIRECTORY)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(left, ignore_errors=True)
-        except OSError:
-            pass  # its process lives
-        finally:
-            os.close(handle)

@@ -11,7 +11,6 @@ A client that pushes faster than the worker takes is held back (`wait_for_room`)
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import os
 import re
 import secrets
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nvila.errors import Conflict, Overloaded, Unavailable
+from nvila.locks import LOCK, lock_file
 
 ENDINGS = ("ts", "mp4", "mkv")
 
@@ -55,19 +55,17 @@ class Inbox:
         """Raises `Conflict` while another client pushes to the same recording, or when that one has said its last."""
         folder = self._recording_folder(recording_id)
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+        lock = lock_file(folder / LOCK)
+        if lock is None:
+            raise Conflict("another client is pushing to this recording", retry_after_s=1)
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise Conflict("another client is pushing to this recording", retry_after_s=1) from None
             if (folder / "end").exists():
                 raise Conflict("this recording has been ended; nothing can be pushed to it any more")
             for left in folder.glob(".making-*"):  # of a writer that was killed
                 left.unlink(missing_ok=True)
             yield Writer(folder, self._next_number(folder))
         finally:
-            os.close(handle)
+            os.close(lock)
 
     async def wait_for_room(self, recording_id: str, within_s: float) -> None:
         """Until no more than `most_bytes` wait. Raises `Overloaded` when the worker does not get there in time."""
