@@ -60,9 +60,7 @@ class VisionService:
         self._engine = engine
         self._store = store
         self._metrics = metrics
-        self._metrics.add(
-            names.VISION_STAGE_SECONDS, 0, stage="tower"
-        )  # an idle pool is no missing metric to autoscaling
+        metrics.add(names.VISION_STAGE_SECONDS, 0, stage="tower")  # autoscaling falls back where it is missing
         self._config = config
         self._vision_revision = vision_revision
         self._max_frames = max_frames
