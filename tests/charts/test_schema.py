@@ -91,6 +91,8 @@ def test_a_mistake_is_refused_by_the_schema(values: dict[str, Any]) -> None:
         ({"model": {"source": "existingClaim"}}, "model.existingClaim.name"),
         ({"redis": {"enabled": False}}, "redis.external.host"),
         ({"redis": {"enabled": False, "external": {"host": "r"}}}, "redis.auth.existingSecret"),
+        ({"redis": {"resources": {"limits": {"memory": "9Gi"}}}}, "follows from redis.maxMemoryMiB"),
+        ({"redis": {"resources": {"requests": {"memory": "9Gi"}}}}, "follows from redis.maxMemoryMiB"),
         ({"redis": {"tls": {"enabled": True}}}, "redis.tls.existingSecret"),
         ({"tls": {"enabled": True}}, "tls.existingSecret, with ca.crt"),
         ({"gateway": {"service": {"httpPort": 80, "grpcPort": 80}}}, "are both 80"),

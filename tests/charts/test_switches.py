@@ -145,6 +145,14 @@ def test_each_pool_goes_to_its_own_nodes() -> None:
     assert "nodeSelector" not in cluster["headGroupSpec"]["template"]["spec"]
 
 
+def test_the_memory_of_redis_follows_from_what_it_may_hold() -> None:
+    rendered = render({"redis": {"maxMemoryMiB": 4096, "resources": {"limits": {"cpu": "2"}}}})
+    assert container(pod_of(rendered, "redis"))["resources"] == {
+        "requests": {"cpu": "1", "memory": "6144Mi"},
+        "limits": {"cpu": "2", "memory": "6144Mi"},
+    }
+
+
 def test_priority_classes_put_the_front_before_the_pools() -> None:
     rendered = render({"priorityClasses": {"create": True, "value": 5000}})
     classes = {one["metadata"]["name"]: one["value"] for one in rendered.all("PriorityClass")}

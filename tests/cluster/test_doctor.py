@@ -234,6 +234,10 @@ def _oom(state: State) -> None:
     made.break_pod(state, "vision", last={"reason": "OOMKilled", "exitCode": 137})
 
 
+def _redis_oom(state: State) -> None:
+    made.break_pod(state, "redis", last={"reason": "OOMKilled", "exitCode": 137})
+
+
 def _crash(state: State) -> None:
     made.break_pod(state, "gateway", last={"reason": "Error", "exitCode": 1})
 
@@ -256,6 +260,7 @@ def _no_metrics(state: State) -> None:
     ("fault", "said", "mend"),
     [
         (_oom, "ended 4 times, last with OOMKilled (137)", "raise vision.resources.limits.memory"),
+        (_redis_oom, "ended 4 times, last with OOMKilled (137)", "raise redis.maxMemoryMiB"),
         (_crash, "ended 4 times, last with Error (1)", "kubectl logs -n apps -l app.kubernetes.io/component=gateway"),
         (_no_secret, 'secret "hub-token" not found', "kubectl get secret,configmap -n apps"),
         (_no_room, "Insufficient nvidia.com/gpu", "free or add nodes with nvidia.com/gpu"),

@@ -133,6 +133,9 @@ labels:
 {{- if and $v.redis.external.cluster $v.redis.external.database }}
 {{- fail (printf "redis.external.cluster: a Redis Cluster has database 0 only, and redis.external.database is %d" (int $v.redis.external.database)) }}
 {{- end }}
+{{- if or (hasKey ($v.redis.resources.limits | default dict) "memory") (hasKey ($v.redis.resources.requests | default dict) "memory") }}
+{{- fail "redis.resources: memory follows from redis.maxMemoryMiB, half as much again; set that instead" }}
+{{- end }}
 {{- if and $v.redis.tls.enabled (empty $v.redis.tls.existingSecret) }}
 {{- fail "redis.tls.enabled needs redis.tls.existingSecret, with its certificates" }}
 {{- end }}

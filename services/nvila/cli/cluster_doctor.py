@@ -445,6 +445,10 @@ def _pull_mend(image: str, said: str) -> str:
     return "is the registry reachable from the nodes? An air-gapped cluster sets images.registry to its mirror"
 
 
+_MEMORY = {"redis": "redis.maxMemoryMiB", "collector": "tracing.collector.resources.limits.memory"}
+"""The value that a pod's memory follows from, where it is not `<component>.resources.limits.memory`."""
+
+
 def _pod_mend(cluster: Cluster, pool: cluster_release.Pool, reason: str) -> str:
     where = f"-n {cluster.namespace}"
     logs = f"kubectl logs {where} -l app.kubernetes.io/component={pool.component} --all-containers --previous --tail=50"
@@ -461,7 +465,7 @@ def _pod_mend(cluster: Cluster, pool: cluster_release.Pool, reason: str) -> str:
     if "CreateContainerConfigError" in reason:
         return f"kubectl get secret,configmap {where}: the one named must exist"
     if "OOMKilled" in reason:
-        return f"raise {pool.component}.resources.limits.memory"
+        return f"raise {_MEMORY.get(pool.component, f'{pool.component}.resources.limits.memory')}"
     if "metrics are missing" in reason or "ScaledObject" in reason or "HPA" in reason:
         return (
             "is monitoring.prometheusUrl right, and monitoring.monitors on? kubectl describe scaledobject,hpa " + where
