@@ -138,6 +138,8 @@ async def test_the_same_key_gives_the_same_recording_and_another_request_with_it
         ({**PUSH, "captured_at": 1.8e12}, 422, "captured_at"),
         ({**PUSH, "policy": {"fps": 0}}, 422, "policy.fps"),
         ({**PUSH, "policy": {"chunk_s": 1e9}}, 422, "policy.chunk_s"),
+        ({**PUSH, "policy": {"chunk_s": 3600, "fps": 2}}, 413, "policy.chunk_s"),
+        ({**PUSH, "policy": {"chunk_s": 10, "fps": 0.01}}, 422, "policy.chunk_s"),
         ({**PUSH, "policy": {"speed": 1}}, 422, "policy.speed"),
         ({**PUSH, "captured_at": -1}, 422, "captured_at"),
         ({**PUSH, "metadata": {str(n): "" for n in range(17)}}, 413, "metadata"),

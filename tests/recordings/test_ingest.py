@@ -337,7 +337,7 @@ async def test_what_is_taken_in_while_its_like_is_deleted_keeps_its_tokens(takin
 async def test_two_hours_need_no_more_memory_than_minutes(taking: Taking, tmp_path: Path) -> None:
     clip = write_clip(tmp_path / "long.mp4", 7200.0, fps=1, gop=30)
     process, seen = psutil.Process(), []
-    recording_id = await taking.submit(clip, ChunkPolicy(fps=1.0, chunk_s=32.0, floor_s=1e6))
+    recording_id = await taking.submit(clip, ChunkPolicy(fps=1.0, chunk_s=32.0, floor_s=86400.0))
     claim = await taking.claim()
     work = asyncio.ensure_future(taking.handler()(claim))
     while not work.done():

@@ -21,6 +21,7 @@ from nvila.gateway.files import StoredFile
 from nvila.gateway.playing import Player, Stored
 from nvila.gateway.push import ROOM_S
 from nvila.recordings.asking import fingerprint, window_params
+from nvila.recordings.cut import check_policy
 from nvila.recordings.inbox import Inbox, Writer
 from nvila.recordings.seal import SECRET, Seal
 from nvila.recordings.store import Page, Quota, new_recording_id
@@ -198,7 +199,7 @@ class Recordings:
         """The recording, durable, and a job that ingests it. Raises `InvalidRequest`, `NotFound` (its file),
         `ForbiddenURL`, `LimitExceeded` or `Overloaded` (quota)."""
         source, name = await self._source(tenant, new)
-        _check_policy(new.policy)
+        check_policy(new.policy)
         _check_metadata(new.metadata)
         if new.captured_at is not None and not 0 <= new.captured_at <= _LATEST_S:
             raise InvalidRequest(
@@ -544,19 +545,6 @@ def _address(new: NewRecording) -> tuple[Source, str]:
             param="source.username",
         )
     return Source(kind=new.kind, url=bare, secret=secret), f"{host}{parts.path}".rstrip("/")
-
-
-def _check_policy(policy: ChunkPolicy) -> None:
-    for name, value, least, most in (
-        ("fps", policy.fps, 0.01, 30.0),
-        ("chunk_s", policy.chunk_s, 1.0, 3600.0),
-        ("stride_s", policy.stride_s, 1.0, 7200.0),
-        ("floor_s", policy.floor_s, 1.0, 86400.0),
-    ):
-        if value is not None and not least <= value <= most:
-            raise InvalidRequest(
-                f"policy.{name}: {value:g} given, must be from {least:g} to {most:g}", param=f"policy.{name}"
-            )
 
 
 def _check_metadata(metadata: Mapping[str, str]) -> None:

@@ -22,33 +22,30 @@ from nvila.types import Gap
 _SLACK_S = 1e-6
 """Instants come from a division and borders from a product: closer than this they are equal."""
 
-MOST_FPS = 60.0
-LONGEST_CHUNK_S = 3600.0
-MOST_CHUNK_FRAMES = 4096
+_RANGES = {"fps": (0.01, 30.0), "chunk_s": (1.0, 3600.0), "stride_s": (1.0, 7200.0), "floor_s": (1.0, 86400.0)}
+_MOST_CHUNK_FRAMES = 4096
 
 
 def check_policy(policy: ChunkPolicy) -> None:
-    """Refuse a policy that means nothing or whose chunks no worker should hold."""
-    for name in ("fps", "chunk_s", "floor_s", "stride_s"):
+    """Refuse a policy that means nothing or whose chunks no worker should hold, when it comes and when it is used."""
+    for name, (least, most) in _RANGES.items():
         value = getattr(policy, name)
-        if value is not None and not (math.isfinite(value) and value > 0):
-            raise InvalidRequest(f"{name} must be a positive number, not {value}", param=name)
-    if policy.fps > MOST_FPS:
-        raise LimitExceeded.of("fps", asked=policy.fps, limit=MOST_FPS, param="fps")
-    if policy.chunk_s > LONGEST_CHUNK_S:
-        raise LimitExceeded.of("chunk_s", asked=policy.chunk_s, limit=LONGEST_CHUNK_S, param="chunk_s")
-    if policy.chunk_s * policy.fps < 1:
+        if value is not None and not least <= value <= most:
+            raise InvalidRequest(
+                f"policy.{name}: {value:g} given, must be from {least:g} to {most:g}", param=f"policy.{name}"
+            )
+    frames = policy.chunk_s * policy.fps
+    if frames < 1:
         raise InvalidRequest(
             f"a chunk of {policy.chunk_s:g} s at {policy.fps:g} frames per second holds less than one frame",
-            param="chunk_s",
+            param="policy.chunk_s",
         )
-    if policy.chunk_s * policy.fps > MOST_CHUNK_FRAMES:
-        asked = policy.chunk_s * policy.fps
-        raise LimitExceeded.of("frames in a chunk", asked=asked, limit=MOST_CHUNK_FRAMES, param="chunk_s")
+    if frames > _MOST_CHUNK_FRAMES:
+        raise LimitExceeded.of("frames in a chunk", asked=frames, limit=_MOST_CHUNK_FRAMES, param="policy.chunk_s")
     if stride_s(policy) * policy.fps < 1:
         raise InvalidRequest(
             f"a stride of {stride_s(policy):g} s is shorter than the {1 / policy.fps:g} s between two frames",
-            param="stride_s",
+            param="policy.stride_s",
         )
 
 
