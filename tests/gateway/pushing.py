@@ -13,15 +13,18 @@ FPS = 25
 MP4 = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}
 
 
-def encoded(container: str, seconds: int = 6, options: dict[str, str] | None = None) -> bytes:
+def encoded(
+    container: str, seconds: int = 6, options: dict[str, str] | None = None, size: tuple[int, int] = (64, 48)
+) -> bytes:
     """MPEG-TS ("mpegts") or MP4 ("mp4")."""
     out = io.BytesIO()
     with av.open(out, "w", format=container, options=options or {}) as target:
         settings = {"g": f"{FPS}", "sc_threshold": "0", "preset": "ultrafast"}
         stream = target.add_stream("libx264", rate=FPS, options=settings)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.width, stream.height = size
+        stream.pix_fmt = "yuv420p"
         for number in range(seconds * FPS):
-            frame = av.VideoFrame.from_ndarray(np.full((48, 64, 3), number % 256, np.uint8))
+            frame = av.VideoFrame.from_ndarray(np.full((size[1], size[0], 3), number % 256, np.uint8))
             frame.pts = number
             target.mux(stream.encode(frame))
         target.mux(stream.encode())

@@ -110,6 +110,13 @@ def test_a_head_that_comes_again_is_held_once(tmp_path: Path) -> None:
     assert len(_frames(piece)) == 2 * FPS
 
 
+def test_a_new_head_in_the_middle_begins_a_piece_of_its_own(tmp_path: Path) -> None:
+    small = encoded("mp4", 1, MP4)
+    large = encoded("mp4", 1, MP4, size=(96, 64))
+    pieces = _cut(tmp_path, MP4_TYPE, small + large + small, 1000.0)
+    assert [[frame.width for frame in _frames(piece)] for piece in pieces] == [[64] * FPS, [96] * FPS, [64] * FPS]
+
+
 async def test_a_client_that_is_faster_than_the_worker_is_held_back_and_then_told(tmp_path: Path) -> None:
     inbox = Inbox(tmp_path, most_bytes=100)
     with inbox.writing(ID) as writer:

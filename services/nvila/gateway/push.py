@@ -328,6 +328,8 @@ class Mp4Cutter:
         if kind == b"ftyp":
             self._ftyp = box
         elif kind == b"moov":
+            if self._init != self._ftyp + box:  # what follows does not open with the one before
+                self.finish()
             self._init = self._ftyp + box
             self._has_moov = True
             self._timescale = _timescale(box[inner:])
