@@ -54,6 +54,47 @@ def test_pieces_open_on_their_own_and_lose_no_frame(
         assert frames[0].key_frame
 
 
+def _unmarked(stream: bytes) -> bytes:
+    """MPEG-TS as encoders write it that mark no random access points."""
+    packets = bytearray(stream)
+    for at in range(0, len(packets), 188):
+        if packets[at + 3] & 0x20 and packets[at + 4]:
+            packets[at + 5] &= ~0x40
+    return bytes(packets)
+
+
+def test_a_transport_stream_without_marks_is_cut_at_its_key_frames(tmp_path: Path) -> None:
+    pieces = _cut(tmp_path, TS_TYPE, _unmarked(encoded("mpegts")), 1000.0)
+    assert [piece.captured_at for piece in pieces] == pytest.approx([1000, 1002, 1004], abs=0.01)
+    assert [len(_frames(piece)) for piece in pieces] == [2 * FPS] * 3
+
+
+@pytest.mark.parametrize(
+    ("content_type", "data"),
+    [
+        (TS_TYPE, (b"G\x1f\xff\x10" + bytes(184)) * 10),
+        (MP4_TYPE, encoded("mp4", 1, MP4).partition(b"moof")[0][:-4]),
+        (JPEG_TYPE, pictures([1.0])[:-1]),
+    ],
+)
+async def test_a_body_of_which_nothing_can_be_taken_is_refused(tmp_path: Path, content_type: str, data: bytes) -> None:
+    async def body() -> AsyncIterator[bytes]:
+        yield data
+
+    async def room() -> None:
+        pass
+
+    with Inbox(tmp_path).writing(ID) as writer, pytest.raises(InvalidMedia, match=f"{len(data):,} bytes"):
+        await push.receive(body(), push.cutter(content_type, writer, None), room)
+
+
+def test_a_transport_stream_without_end_and_key_frames_is_refused(tmp_path: Path) -> None:
+    with Inbox(tmp_path).writing(ID) as writer:
+        cutter = push.TsCutter(push.Pieces(writer), push.Clock(None), _skipped_bytes=64 << 20)
+        with pytest.raises(LimitExceeded, match="without a key frame"):
+            cutter.feed(b"G\x1f\xff\x10" + bytes(184))
+
+
 def test_pictures_keep_their_capture_times(tmp_path: Path) -> None:
     times = [5000.0, 5000.7, 5001.4, 5002.1, 5009.25]
     pieces = _cut(tmp_path, JPEG_TYPE, pictures(times), None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 import struct
 import time
 from collections.abc import AsyncIterable, Awaitable, Callable
@@ -60,7 +61,8 @@ class Cutter(Protocol):
 async def receive(body: AsyncIterable[bytes], cutter: Cutter, room: Callable[[], Awaitable[None]]) -> Done:
     """Read a body to its end. `room`: waits until the next piece may be taken on; the body is not read meanwhile.
 
-    However the body ends, what came is kept as far as it is whole. Raises `DeadlineExceeded` when nothing comes."""
+    However the body ends, what came is kept as far as it is whole. Raises `DeadlineExceeded` when nothing comes, and
+    `InvalidMedia` when of what came nothing was whole."""
     received = 0
     pieces = aiter(body)
     try:
@@ -78,6 +80,10 @@ async def receive(body: AsyncIterable[bytes], cutter: Cutter, room: Callable[[],
             if cutter.pieces.count != before:
                 await room()
         cutter.finish()
+        if received and not cutter.pieces.count:
+            raise InvalidMedia(
+                f"of the body's {received:,} bytes none can be taken: no key frame, nor a picture, is whole"
+            )
     except (InvalidRequest, asyncio.CancelledError):
         cutter.pieces.discard()
         raise
@@ -175,6 +181,14 @@ class Clock:
 _PACKET = 188
 _PAT_PID = 0
 _VIDEO_TYPES = frozenset({0x01, 0x02, 0x10, 0x1B, 0x24, 0x33})
+_HEADS = {
+    0x01: re.compile(rb"\x00\x00\x01\xb3"),
+    0x02: re.compile(rb"\x00\x00\x01\xb3"),
+    0x1B: re.compile(rb"\x00\x00\x01[\x27\x47\x67]"),
+    0x24: re.compile(rb"\x00\x00\x01[\x40\x42]"),
+}
+"""What stands before a key frame, by stream type: the sequence header of MPEG-1 and MPEG-2 (ITU-T H.262 §6.2.2.1), the
+sequence parameter set of H.264 (§7.4.1), the video or sequence parameter set of HEVC (ITU-T H.265 §7.4.2.2)."""
 _PTS_WRAP_S = (1 << 33) / 90_000
 
 
@@ -187,6 +201,9 @@ class TsCutter:
     _pmt: bytes = b""
     _pmt_pid: int = -1
     _video_pid: int = -1
+    _video_type: int = -1
+    _has_marks: bool = False
+    _skipped_bytes: int = 0
     _began_s: float | None = None
     _last_pts_s: float | None = None
     _wrapped_s: float = 0.0
@@ -212,8 +229,13 @@ class TsCutter:
         self.pieces.end("ts")
 
     def _write(self, run: bytearray) -> None:
-        if self.pieces.is_open and run:
-            self.pieces.write(bytes(run))
+        if self.pieces.is_open:
+            if run:
+                self.pieces.write(bytes(run))
+            return
+        self._skipped_bytes += len(run)
+        if self._skipped_bytes > _MOST_PIECE_BYTES:
+            raise LimitExceeded.of("bytes without a key frame", asked=self._skipped_bytes, limit=_MOST_PIECE_BYTES)
 
     def _cut(self, pts_s: float | None) -> None:
         if pts_s is not None:
@@ -245,15 +267,21 @@ class TsCutter:
                 stream_type = section[at]
                 stream_pid, info = struct.unpack_from(">HH", section, at + 1)
                 if stream_type in _VIDEO_TYPES:
-                    self._video_pid = stream_pid & 0x1FFF
+                    self._video_pid, self._video_type = stream_pid & 0x1FFF, stream_type
                     break
                 at += 5 + (info & 0x0FFF)
 
     def _is_entry(self, packet: bytes) -> bool:
-        """A frame of the video begins here that can be decoded without those before it."""
-        has_adaptation = packet[3] & 0x20 and packet[4] > 0
+        """A frame of the video begins here that can be decoded without those before it: by its mark, or in a stream
+        without marks by what it begins with."""
         is_start = packet[1] & 0x40
-        return bool(_pid(packet) == self._video_pid and is_start and has_adaptation and packet[5] & 0x40)
+        if _pid(packet) != self._video_pid or not is_start:
+            return False
+        if packet[3] & 0x20 and packet[4] > 0 and packet[5] & 0x40:
+            self._has_marks = True
+            return True
+        head = None if self._has_marks else _HEADS.get(self._video_type)
+        return head is not None and head.search(_payload(packet)) is not None
 
 
 def _pid(packet: bytes) -> int:
