@@ -19,7 +19,7 @@ from tests.cache.redis_cluster import RedisCluster
 from tests.cache.redis_server import RedisServer
 from tests.cache.test_store import FORM, every_operation_is_a_miss, make_record, sample
 
-RULES = "~nvila:* -@all +exists +set +get +getex +eval +pexpire +unlink +info +cluster|slots +asking"
+RULES = "~nvila:* -@all +exists +set +get +eval +pttl +pexpire +unlink +info +cluster|slots +asking"
 """Of the gateway, as the chart's NOTES print them (a test compares)."""
 
 

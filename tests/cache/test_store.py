@@ -83,6 +83,20 @@ async def test_reading_a_record_begins_its_life_anew(store: TokenStore, admin: r
     assert min([await admin.pttl(name) for name in names]) > 30_000
 
 
+async def test_a_reader_takes_nothing_of_the_life_that_another_gave(
+    store: TokenStore, shared_redis: RedisServer, admin: redis.Redis
+) -> None:
+    (ref, record), key = make_record(22), "ab" * 32
+    await store.put(record)
+    await store.remember(key, b"plan")
+    hasty = TokenStore.open(shared_redis.url, Metrics(), ttl_s=1)
+    assert ref.key in await hasty.get([ref], FORM)
+    assert await hasty.recall(key) == b"plan"
+    await hasty.close()
+    names = [f"nvila:{{{ref.key}}}:m", f"nvila:{{{ref.key}}}:s0", f"nvila:plan:{{{key}}}"]
+    assert min([await admin.pttl(name) for name in names]) > 30_000
+
+
 async def test_two_writers_of_one_record_leave_one_good_record(store: TokenStore) -> None:
     ref, record = make_record(21)
     assert await asyncio.gather(*(store.put(record) for _ in range(4))) == [True] * 4

@@ -7,8 +7,11 @@ that a dead Redis costs microseconds.
 Names in Redis, one hash slot per record: `nvila:{key}:m` manifest · `nvila:{key}:s0`… shards · `nvila:{key}:l` lease ·
 `nvila:plan:{key}` plan. All expire, so `volatile-lru` may evict any of them; a record is complete only when manifest
 and all shards are there, and a reader knows their number beforehand. Commands, for ACLs: vision SET UNLINK; decode
-EXISTS GETEX; gateway EXISTS SET GETEX EVAL (with GET PEXPIRE UNLINK) INFO. In a cluster (cache/servers.py) a server
-that is away is a miss for the records that it holds.
+EXISTS GET EVAL (with PTTL PEXPIRE); gateway EXISTS SET GET EVAL (with PTTL PEXPIRE UNLINK) INFO. In a cluster
+(cache/servers.py) a server that is away is a miss for the records that it holds.
+
+Each program has a `ttl_s` of its own. Who reads a record makes it live that long from then on, or leaves it the longer
+life that another gave it.
 """
 
 from __future__ import annotations
@@ -36,6 +39,10 @@ from nvila.types import Deadline, TokensRef, VisualTokens
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
+_PROLONG = (  # PEXPIRE GT does the same, from Redis 7 on
+    "if redis.call('pttl', KEYS[1]) < tonumber(ARGV[1]) then return redis.call('pexpire', KEYS[1], ARGV[1]) end "
+    "return 0"
+)
 _RENEW = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('pexpire', KEYS[1], ARGV[2]) end return 0"
 _RELEASE = "if redis.call('get', KEYS[1]) == ARGV[1] then return redis.call('unlink', KEYS[1]) end return 0"
 
@@ -84,8 +91,8 @@ class TokenStore:
         """A store on `redis[s]://[user:password@]host:port/db` or, for a Redis Cluster, `redis[s]+cluster://…`; nothing
         is sent yet.
 
-        `ttl_s`: how long a record lives after its last use. `timeout_s`: of one round trip. Raises `ValueError` for an
-        address that is not one.
+        `ttl_s`: how long a record lives after its last use here, at least. `timeout_s`: of one round trip. Raises
+        `ValueError` for an address that is not one.
         """
         return cls(connect(url, timeout_s=timeout_s), metrics, ttl_s=ttl_s, lease_s=lease_s)
 
@@ -100,10 +107,9 @@ class TokenStore:
         return complete
 
     async def get(self, refs: Iterable[TokensRef], form: RecordFormat) -> dict[str, VisualTokens]:
-        """The verified tokens of those records that are there, by key; their lives begin anew."""
+        """The verified tokens of those records that are there, by key; their lives are prolonged."""
         wanted = list({ref.key: ref for ref in refs}.values())
-        commands = [("GETEX", name, "PX", self._ttl_ms) for ref in wanted for name in _names(ref, form)]
-        values = await self._attempt("get", lambda: self._servers.ask(commands))
+        values = await self._read("get", [name for ref in wanted for name in _names(ref, form)])
         if values is None:
             self._metrics.add(names.CACHE_READS, len(wanted), outcome="unavailable")
             return {}
@@ -208,9 +214,8 @@ class TokenStore:
 
     async def recall(self, plan_key: str) -> bytes | None:
         """What was remembered under a plan key (cache/keys.py), intact, or None."""
-        commands = [("GETEX", _plan_name(plan_key), "PX", self._ttl_ms)]
-        answers = await self._attempt("plan", lambda: self._servers.ask(commands))
-        value = answers[0] if answers else None
+        values = await self._read("plan", [_plan_name(plan_key)])
+        value = values[0] if values else None
         if not isinstance(value, bytes):
             return None
         digest, plan = value[:32], value[32:]
@@ -235,6 +240,13 @@ class TokenStore:
         return bool(heard)
 
     # -- inside
+
+    async def _read(self, operation: str, names_in_redis: Sequence[str]) -> list[Any] | None:
+        """What is under these names, whose lives are prolonged."""
+        reads = [("GET", name) for name in names_in_redis]
+        prolongs = [("EVAL", _PROLONG, 1, name, self._ttl_ms) for name in names_in_redis]
+        answers = await self._attempt(operation, lambda: self._servers.ask([*reads, *prolongs]))
+        return None if answers is None else answers[: len(reads)]
 
     async def _present(self, refs: Sequence[TokensRef], form: RecordFormat) -> tuple[set[str], set[str]]:
         """Keys of the complete ones, and of those about which nobody answers."""

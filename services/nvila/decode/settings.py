@@ -64,7 +64,7 @@ class Settings(ProxySettings):
     redis_url: str = ""
     """redis[s][+cluster]://[user:password@]host:port/db. Empty: no cache; visual tokens must come inline."""
     redis_ttl_s: Seconds = 3600
-    """How long a record lives after its last use."""
+    """How long a record lives after decode has read it, at least."""
     redis_timeout_s: Seconds = 2
     """Of one round trip."""
     token_wait_s: Seconds = 60

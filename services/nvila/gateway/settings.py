@@ -160,7 +160,8 @@ class GatewaySettings(BaseSettings):
     chunk_frames: Count = 32
     """Most frames of one vision call. More: fuller batches; fewer: less waiting for the first one."""
     cache_ttl_s: Seconds = 24 * 3600
-    """How long visual tokens and plans live in the cache after their last use."""
+    """How long plans live in the cache after their last use, and visual tokens at least that the gateway itself brings
+    back from a recording's cold store or reads. For all others: redis_ttl_s of vision and decode."""
     recovery_s: Seconds = 20
     """How long a service behind may be away before a request gives up on it."""
 

@@ -137,7 +137,8 @@ class RecordingsSettings(BaseSettings):
     shared_memory_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9-]{0,31}$")] = "nvila-rec"
     """Start of the names of shared memory objects; not the gateway's, which may run beside."""
     cache_ttl_s: Seconds = 24 * 3600
-    """How long visual tokens live in the cache after their last use."""
+    """How long visual tokens live in the cache, at least, that a worker brings back from the cold store or reads. For
+    all others: redis_ttl_s of vision, which puts them there, and of decode, which reads them."""
     recovery_s: Seconds = 20
     """How long a service behind may be away before an attempt gives up on it; a live recording waits on (outage_s)."""
 

@@ -46,7 +46,7 @@ class Settings(BaseSettings):
     redis_url: str = ""
     """redis[s][+cluster]://[user:password@]host:port/db. Empty: nothing is published, tokens travel inline."""
     redis_ttl_s: float = Field(default=3600, gt=0)
-    """How long a record lives after its last use."""
+    """How long a record lives after it was made; who reads it prolongs that (decode: its redis_ttl_s)."""
     redis_timeout_s: float = Field(default=2, gt=0)
     """Of one round trip."""
 

@@ -4,7 +4,7 @@ else, no other keys, no channels. NOTES.txt adds what a client of a Redis Cluste
 the server lives.
 */}}
 {{- define "nvila.redisRules" -}}
-gateway: "~nvila:* -@all +exists +set +get +getex +eval +pexpire +unlink +info"
+gateway: "~nvila:* -@all +exists +set +get +eval +pttl +pexpire +unlink +info"
 vision: "~nvila:* -@all +set +unlink"
-decode: "~nvila:* -@all +exists +getex"
+decode: "~nvila:* -@all +exists +get +eval +pttl +pexpire"
 {{- end }}
