@@ -160,6 +160,7 @@ class Gateway:
     files: FileStore
     database: Database
     client: httpx.AsyncClient
+    streams: Admission
 
     async def ask(self, **body: Any) -> httpx.Response:
         return await self.client.post("/v1/chat/completions", json={"messages": HELLO, **body}, headers=BEARER)
@@ -236,7 +237,7 @@ async def serving(
     try:
         async with _listening(app) as url, httpx.AsyncClient(base_url=url, trust_env=False, verify=False) as client:
             target = f"127.0.0.1:{grpc_server.port}"
-            yield Gateway(url, target, pipeline, admission, metrics, files, database, client)
+            yield Gateway(url, target, pipeline, admission, metrics, files, database, client, streams)
     finally:
         await grpc_server.stop(0)
         await database.close()

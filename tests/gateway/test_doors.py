@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
 import socket
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -20,7 +22,7 @@ from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanE
 from nvila.errors import InvalidMedia, Unavailable
 from nvila.gateway.auth import ApiKeys
 from nvila.gateway.middleware import OPEN_PATHS
-from tests.gateway.faces import BEARER, HELLO, KEY, ScriptedPipeline, serving
+from tests.gateway.faces import ANSWERED, BEARER, HELLO, KEY, ScriptedPipeline, serving
 
 _BAD_KEYS = [
     None,
@@ -333,6 +335,45 @@ async def test_only_errors_of_ours_mark_the_span_failed(tmp_path: Path, spans: I
     ]
 
 
+def _request_lines(caplog: pytest.LogCaptureFixture) -> list[dict[str, Any]]:
+    return [record.__dict__["fields"] for record in caplog.records if record.message == "request"]
+
+
+async def test_the_line_of_a_request_names_its_tenant_and_how_it_failed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="nvila")
+    async with serving(tmp_path, ScriptedPipeline([Unavailable("at 10.0.0.7")])) as gateway:
+        await gateway.client.get("/v1/models", headers=BEARER)
+        await gateway.ask()
+        await gateway.client.get("/nothing", headers=BEARER)
+        await gateway.client.get("/v1/models", headers={"Authorization": "Bearer wrong"})
+    told = [(line["status"], line.get("tenant"), line.get("code")) for line in _request_lines(caplog)]
+    assert told == [
+        (200, "acme", None),
+        (503, "acme", "unavailable"),
+        (404, "acme", "not_found"),
+        (401, None, "unauthenticated"),
+    ]
+    assert "10.0.0.7" not in str(_request_lines(caplog))
+
+
+@pytest.mark.parametrize(
+    ("script", "code"),
+    [(["A ", Unavailable("decode died")], "unavailable"), (["A ", 1], "internal"), (["A ", ANSWERED], None)],
+)
+async def test_the_line_of_a_stream_that_broke_off_says_so_beside_the_status_that_was_sent(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, script: list[Any], code: str | None
+) -> None:
+    caplog.set_level(logging.INFO, logger="nvila")
+    async with serving(tmp_path, ScriptedPipeline(script)) as gateway:
+        with contextlib.suppress(httpx.RemoteProtocolError):
+            await gateway.ask(stream=True)
+        await gateway.outcomes()
+    (line,) = _request_lines(caplog)
+    assert (line["status"], line.get("code")) == (200, code)
+
+
 async def test_one_line_is_logged_per_request_without_query_key_or_content(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -340,7 +381,7 @@ async def test_one_line_is_logged_per_request_without_query_key_or_content(
     async with serving(tmp_path) as gateway:
         await gateway.client.get("/v1/files?after=secret-query", headers=BEARER)
         await gateway.client.get("/health")
-    lines = [record.__dict__["fields"] for record in caplog.records if record.message == "request"]
+    lines = _request_lines(caplog)
     assert [(line["path"], line["status"]) for line in lines] == [("/v1/files", 422)]
     assert "secret" not in str(lines)
     assert KEY not in caplog.text

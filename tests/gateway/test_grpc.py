@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -118,6 +119,28 @@ async def test_each_error_has_its_status_and_its_code(
     trailing = dict(tuple(failed.trailing_metadata() or ()))
     assert trailing["nvila-error"] == error.code
     assert trailing.get("retry-after-s") == ("2.5" if isinstance(error, Overloaded) else None)
+
+
+async def test_one_line_is_logged_per_call_with_tenant_and_error(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="nvila")
+    pipeline = ScriptedPipeline(["A ", Unavailable("at 10.0.0.7")])
+    async with serving(tmp_path, pipeline) as gateway, _stub(gateway) as stub:
+        await stub.ListModels(pb.ListModelsRequest(), metadata=METADATA)
+        await _fails(stub.Chat(_request(), metadata=METADATA))
+        pipeline.script = [PAUSE]
+        left = stub.Chat(_request(), metadata=METADATA)
+        await pipeline.pauses.wait()
+        left.cancel()
+        await gateway.outcomes()
+    lines = [record.__dict__["fields"] for record in caplog.records if record.message == "request"]
+    assert [(line["path"], line["status"], line["tenant"], line.get("code")) for line in lines] == [
+        ("/nvila.api.v1.ChatService/ListModels", "OK", "acme", None),
+        ("/nvila.api.v1.ChatService/Chat", "UNAVAILABLE", "acme", "unavailable"),
+        ("/nvila.api.v1.ChatService/Chat", "CANCELLED", "acme", "cancelled"),
+    ]
+    assert "10.0.0.7" not in str(lines)
 
 
 @pytest.mark.parametrize(

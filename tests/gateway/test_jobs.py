@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from collections.abc import AsyncGenerator
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -240,3 +242,22 @@ async def test_another_tenants_job_is_not_there_and_nothing_is_without_a_key(tmp
         body = {"kind": "summary", "recording": recording_id}
         theirs = await gateway.client.post("/v1/jobs", json=body, headers=OTHER)
         assert theirs.status_code == 404
+
+
+async def test_the_line_of_events_that_could_not_be_followed_has_the_errors_code(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, logger="nvila")
+    async with serving(tmp_path) as gateway:
+        job_id = (await _submit(gateway, recording=await _recording(gateway))).json()["id"]
+        async with AsyncExitStack() as streams:
+            for _ in range(8):  # all that may be followed at a time
+                await streams.enter_async_context(gateway.streams.permit())
+            response = await gateway.client.get(f"/v1/jobs/{job_id}/events", headers=BEARER)
+    (line,) = [
+        record.__dict__["fields"]
+        for record in caplog.records
+        if record.message == "request" and record.__dict__["fields"]["path"].endswith("/events")
+    ]
+    assert '"code": "overloaded"' in response.text
+    assert (line["status"], line["code"]) == (200, "overloaded")

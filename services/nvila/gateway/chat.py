@@ -16,7 +16,7 @@ from starlette.types import Receive, Scope, Send
 
 from nvila.errors import Cancelled, DeadlineExceeded, NvilaError
 from nvila.gateway.front import Front, answer_id, in_time
-from nvila.gateway.http_errors import note_failure, to_object
+from nvila.gateway.http_errors import note_code, note_failure, to_object
 from nvila.gateway.parse import parse_chat, to_asked
 from nvila.gateway.replies import HEARTBEAT, Reply, error_event
 from nvila.types import Answered, ModelCard, Question
@@ -56,9 +56,10 @@ class ChatResponse(Response):
                 )
                 work = self._stream if chat.stream else self._whole
                 await _unless_left(receive, work(question, card, reply, sent), sent)
-        except NvilaError:
+        except NvilaError as error:
             if not sent.has_begun:
                 raise
+            note_code(scope, error.code)
 
     async def _whole(self, question: Question, card: ModelCard, reply: Reply, sent: _Sent) -> None:
         text: list[str] = []

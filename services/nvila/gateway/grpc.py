@@ -21,7 +21,7 @@ from nvila.errors import InvalidRequest, Unauthenticated
 from nvila.gateway.admission import Admission
 from nvila.gateway.auth import ApiKeys
 from nvila.gateway.front import Front, answer_id, in_time
-from nvila.gateway.grpc_call import answering, header
+from nvila.gateway.grpc_call import answering
 from nvila.gateway.grpc_recordings import SERVICE as RECORDING_SERVICE
 from nvila.gateway.grpc_recordings import RecordingService
 from nvila.gateway.recordings import Recordings
@@ -108,9 +108,9 @@ class ChatService(ChatServiceServicer):
 
     async def Chat(self, request: pb.ChatRequest, context: grpc.aio.ServicerContext) -> None:
         """Not a generator: a cancelled one would be closed only when it is collected."""
-        async with answering(context, SERVICE, "Chat"), self._front.admitted("grpc"):
+        async with answering(context, self._keys, SERVICE, "Chat") as tenant, self._front.admitted("grpc"):
             asked = to_asked(request, context.time_remaining(), self._front.limits)
-            question, card = await self._front.question(asked, self._keys.tenant(header(context, "authorization")))
+            question, card = await self._front.question(asked, tenant)
             started = pb.Started(id=answer_id(question), model=card.name)
             await context.write(pb.ChatResponse(started=started))
             async with (
@@ -126,7 +126,7 @@ class ChatService(ChatServiceServicer):
     async def ListModels(
         self, request: pb.ListModelsRequest, context: grpc.aio.ServicerContext
     ) -> pb.ListModelsResponse:
-        async with answering(context, SERVICE, "ListModels"):
+        async with answering(context, self._keys, SERVICE, "ListModels"):
             card = await self._front.card()
             config = NvilaConfig.from_json(card.config_json)
             model = pb.Model(

@@ -14,7 +14,7 @@ from nvila.errors import InvalidRequest, LimitExceeded
 from nvila.gateway import push
 from nvila.gateway.admission import Admission
 from nvila.gateway.auth import ApiKeys
-from nvila.gateway.grpc_call import answering, header
+from nvila.gateway.grpc_call import answering
 from nvila.gateway.parse import read_json
 from nvila.gateway.recordings import NewRecording, Recordings, kept, progress_of, shown_params
 from nvila.recordings.types import ChunkPolicy, Job, JobKind, JobState, Recording, RecordingState, SourceKind
@@ -38,9 +38,6 @@ class RecordingService(RecordingServiceServicer):
         self._keys = keys
         self._streams = streams
 
-    def _tenant(self, context: Context) -> str:
-        return self._keys.tenant(header(context, "authorization"))
-
     @property
     def _recordings(self) -> Recordings:
         """Raises `NotFound` where none are kept."""
@@ -49,20 +46,20 @@ class RecordingService(RecordingServiceServicer):
     # -- recordings
 
     async def CreateRecording(self, request: pb.CreateRecordingRequest, context: Context) -> pb.CreateRecordingResponse:
-        async with answering(context, SERVICE, "CreateRecording"):
+        async with answering(context, self._keys, SERVICE, "CreateRecording") as tenant:
             new = _new_recording(request)
-            made = await self._recordings.add(self._tenant(context), new, request.idempotency_key or None)
+            made = await self._recordings.add(tenant, new, request.idempotency_key or None)
             return pb.CreateRecordingResponse(recording=_recording(made))
 
     async def GetRecording(self, request: pb.GetRecordingRequest, context: Context) -> pb.GetRecordingResponse:
-        async with answering(context, SERVICE, "GetRecording"):
-            found = await self._recordings.get(self._tenant(context), request.id)
+        async with answering(context, self._keys, SERVICE, "GetRecording") as tenant:
+            found = await self._recordings.get(tenant, request.id)
             return pb.GetRecordingResponse(recording=_recording(found))
 
     async def ListRecordings(self, request: pb.ListRecordingsRequest, context: Context) -> pb.ListRecordingsResponse:
-        async with answering(context, SERVICE, "ListRecordings"):
+        async with answering(context, self._keys, SERVICE, "ListRecordings") as tenant:
             page = await self._recordings.shelf.list(
-                tenant=self._tenant(context),
+                tenant=tenant,
                 limit=_limit(request.limit),
                 cursor=request.cursor or None,
                 state=_one_of(RecordingState, request.state, "state") if request.state else None,
@@ -71,16 +68,16 @@ class RecordingService(RecordingServiceServicer):
             return pb.ListRecordingsResponse(recordings=found, next_cursor=page.next_cursor or "")
 
     async def DeleteRecording(self, request: pb.DeleteRecordingRequest, context: Context) -> pb.DeleteRecordingResponse:
-        async with answering(context, SERVICE, "DeleteRecording"):
-            job = await self._recordings.jobs.delete_recording(request.id, tenant=self._tenant(context))
+        async with answering(context, self._keys, SERVICE, "DeleteRecording") as tenant:
+            job = await self._recordings.jobs.delete_recording(request.id, tenant=tenant)
             return pb.DeleteRecordingResponse(job_id=job.id)
 
     async def GetRecordingCoverage(
         self, request: pb.GetRecordingCoverageRequest, context: Context
     ) -> pb.GetRecordingCoverageResponse:
-        async with answering(context, SERVICE, "GetRecordingCoverage"):
+        async with answering(context, self._keys, SERVICE, "GetRecordingCoverage") as tenant:
             start_s, end_s = _bound(request, "start_s"), _bound(request, "end_s")
-            seen = await self._recordings.coverage(self._tenant(context), request.id, start_s, end_s)
+            seen = await self._recordings.coverage(tenant, request.id, start_s, end_s)
             return pb.GetRecordingCoverageResponse(
                 start_s=seen.start_s,
                 end_s=seen.end_s,
@@ -93,10 +90,10 @@ class RecordingService(RecordingServiceServicer):
             )
 
     async def ListChunks(self, request: pb.ListChunksRequest, context: Context) -> pb.ListChunksResponse:
-        async with answering(context, SERVICE, "ListChunks"):
+        async with answering(context, self._keys, SERVICE, "ListChunks") as tenant:
             limit = _limit(request.limit)
             chunks = await self._recordings.chunks(
-                self._tenant(context),
+                tenant,
                 request.recording_id,
                 start_s=_bound(request, "start_s"),
                 end_s=_bound(request, "end_s"),
@@ -117,13 +114,13 @@ class RecordingService(RecordingServiceServicer):
             return pb.ListChunksResponse(chunks=found, has_more=len(chunks) > limit)
 
     async def Push(self, requests: AsyncIterator[pb.PushRequest], context: Context) -> pb.PushResponse:
-        async with answering(context, SERVICE, "Push"), self._streams.permit():
+        async with answering(context, self._keys, SERVICE, "Push") as tenant, self._streams.permit():
             incoming = aiter(requests)
             first = await anext(incoming, None)
             if first is None or first.WhichOneof("part") != "start":
                 raise InvalidRequest("start: the first message must say what is pushed", param="start")
             start = first.start
-            tenant, recordings = self._tenant(context), self._recordings
+            recordings = self._recordings
             async with recordings.pushing(tenant, start.recording_id) as writer:
                 cutter = push.cutter(start.content_type, writer, _bound(start, "captured_at"))
                 done = await push.receive(_data(incoming), cutter, lambda: recordings.room(tenant, start.recording_id))
@@ -134,13 +131,13 @@ class RecordingService(RecordingServiceServicer):
     # -- jobs
 
     async def CreateJob(self, request: pb.CreateJobRequest, context: Context) -> pb.CreateJobResponse:
-        async with answering(context, SERVICE, "CreateJob"):
+        async with answering(context, self._keys, SERVICE, "CreateJob") as tenant:
             window = RecordingWindow(
                 recording_id=request.recording_id,
                 **{name: _bound(request.window, name) for name in ("start_s", "end_s", "start_at", "end_at")},
             )
             job = await self._recordings.ask(
-                self._tenant(context),
+                tenant,
                 _one_of(JobKind, request.kind, "kind"),
                 request.recording_id,
                 window,
@@ -150,14 +147,14 @@ class RecordingService(RecordingServiceServicer):
             return pb.CreateJobResponse(job=_job(job))
 
     async def GetJob(self, request: pb.GetJobRequest, context: Context) -> pb.GetJobResponse:
-        async with answering(context, SERVICE, "GetJob"):
-            job = await self._recordings.jobs.get(request.id, tenant=self._tenant(context))
+        async with answering(context, self._keys, SERVICE, "GetJob") as tenant:
+            job = await self._recordings.jobs.get(request.id, tenant=tenant)
             return pb.GetJobResponse(job=_job(job))
 
     async def ListJobs(self, request: pb.ListJobsRequest, context: Context) -> pb.ListJobsResponse:
-        async with answering(context, SERVICE, "ListJobs"):
+        async with answering(context, self._keys, SERVICE, "ListJobs") as tenant:
             page = await self._recordings.jobs.list(
-                tenant=self._tenant(context),
+                tenant=tenant,
                 limit=_limit(request.limit),
                 cursor=request.cursor or None,
                 kind=_one_of(JobKind, request.kind, "kind") if request.kind else None,
@@ -167,19 +164,19 @@ class RecordingService(RecordingServiceServicer):
             return pb.ListJobsResponse(jobs=[_job(job) for job in page.items], next_cursor=page.next_cursor or "")
 
     async def CancelJob(self, request: pb.CancelJobRequest, context: Context) -> pb.CancelJobResponse:
-        async with answering(context, SERVICE, "CancelJob"):
-            job = await self._recordings.jobs.cancel(request.id, tenant=self._tenant(context))
+        async with answering(context, self._keys, SERVICE, "CancelJob") as tenant:
+            job = await self._recordings.jobs.cancel(request.id, tenant=tenant)
             return pb.CancelJobResponse(job=_job(job))
 
     async def RetryJob(self, request: pb.RetryJobRequest, context: Context) -> pb.RetryJobResponse:
-        async with answering(context, SERVICE, "RetryJob"):
-            job = await self._recordings.jobs.retry_dead(request.id, tenant=self._tenant(context))
+        async with answering(context, self._keys, SERVICE, "RetryJob") as tenant:
+            job = await self._recordings.jobs.retry_dead(request.id, tenant=tenant)
             return pb.RetryJobResponse(job=_job(job))
 
     async def FollowJob(self, request: pb.FollowJobRequest, context: Context) -> None:
         """Not a generator: a cancelled one would be closed only when it is collected."""
-        async with answering(context, SERVICE, "FollowJob"), self._streams.permit():
-            events = self._recordings.jobs.follow(request.id, request.after_event, tenant=self._tenant(context))
+        async with answering(context, self._keys, SERVICE, "FollowJob") as tenant, self._streams.permit():
+            events = self._recordings.jobs.follow(request.id, request.after_event, tenant=tenant)
             try:
                 async for event in events:
                     data = json.dumps(dict(event.data))

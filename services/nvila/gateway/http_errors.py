@@ -8,6 +8,7 @@ from typing import Any
 
 from opentelemetry import trace
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from nvila.errors import (
     Cancelled,
@@ -66,6 +67,11 @@ def note_failure(error: NvilaError) -> None:
         current.set_attribute(names.ATTR_ERROR_TYPE, error.code)
 
 
+def note_code(scope: Scope, code: str) -> None:
+    """For the request's log line: how it failed, which a status that was sent before cannot say."""
+    scope.setdefault("state", {})["code"] = code
+
+
 def to_response(error: NvilaError) -> Response:
     headers = {}
     if error.retry_after_s is not None or isinstance(error, Overloaded | Unavailable):
@@ -76,4 +82,17 @@ def to_response(error: NvilaError) -> Response:
 
 
 def json_response(status: int, content: dict[str, Any], headers: dict[str, str] | None = None) -> Response:
-    return Response(json.dumps(content), status, headers, "application/json")
+    return _JsonResponse(status, content, headers)
+
+
+class _JsonResponse(Response):
+    """Notes the code of an error that it carries."""
+
+    def __init__(self, status: int, content: dict[str, Any], headers: dict[str, str] | None) -> None:
+        super().__init__(json.dumps(content), status, headers, "application/json")
+        self._code: str = (content.get("error") or {}).get("code", "")
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if self._code:
+            note_code(scope, self._code)
+        await super().__call__(scope, receive, send)

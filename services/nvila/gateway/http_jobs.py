@@ -9,12 +9,12 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import suppress
 from typing import Annotated, Any, Literal
 
-from fastapi import FastAPI, Header, Query
+from fastapi import FastAPI, Header, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response, StreamingResponse
 
 from nvila.errors import InvalidRequest, NvilaError
-from nvila.gateway.http_errors import to_object
+from nvila.gateway.http_errors import note_code, to_object
 from nvila.gateway.http_recordings import IdempotencyKey, ShownError
 from nvila.gateway.http_services import Having, HttpSettings, Tenant
 from nvila.gateway.recordings import shown_params
@@ -170,6 +170,7 @@ def _add_streams(app: FastAPI, settings: HttpSettings) -> None:
     )
     async def events(
         job_id: str,
+        request: Request,
         services: Having,
         tenant: Tenant,
         last_event_id: Annotated[str | None, Header(description="Of the last event seen.")] = None,
@@ -189,6 +190,7 @@ def _add_streams(app: FastAPI, settings: HttpSettings) -> None:
                     async for event in beating(jobs.follow(job_id, number, tenant=tenant), settings.heartbeat_s):
                         yield event_bytes(event) if event is not None else HEARTBEAT
             except NvilaError as error:
+                note_code(request.scope, error.code)
                 yield b"event: error\ndata: " + json.dumps(to_object(error)).encode() + b"\n\n"
 
         return StreamingResponse(told(), media_type="text/event-stream", headers=_STREAM_HEADERS)

@@ -18,9 +18,9 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from nvila.errors import InvalidRequest, LimitExceeded, Unauthenticated
+from nvila.errors import Cancelled, InvalidRequest, LimitExceeded, NvilaError, Unauthenticated
 from nvila.gateway.auth import ApiKeys
-from nvila.gateway.http_errors import error_object, json_response, to_response
+from nvila.gateway.http_errors import error_object, json_response, note_code, to_response
 from nvila.telemetry import tracing
 from nvila.telemetry.logs import fields
 
@@ -38,7 +38,8 @@ _LINGER_S = 1.0
 
 class Named:
     """Gives a request its id (the client's `x-request-id`, or a new one) and its server span (a child of the client's
-    `traceparent`), returns both, logs one line, and answers for whatever nobody else did."""
+    `traceparent`), returns both, logs one line (with tenant, and the code of an error, also of one that came after the
+    status), and answers for whatever nobody else did."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -59,14 +60,16 @@ class Named:
                 added = MutableHeaders({"x-request-id": request_id})
                 if traceparent := tracing.current_traceparent():
                     added["traceparent"] = traceparent
+                state = scope.setdefault("state", {})
                 began = time.perf_counter()
                 status = await self._answer(scope, receive, send, added)
                 seconds = round(time.perf_counter() - began, 3)
                 path = scope.get("raw_path", b"").decode(
                     "ascii", "replace"
                 )  # as it came: a %0a must not end a log line
-                line = fields(request_id=request_id, method=scope["method"], path=path, status=status, seconds=seconds)
-                _log.info("request", extra=line)
+                told = {name: state[name] for name in ("tenant", "code") if name in state}
+                line = {"request_id": request_id, "method": scope["method"], "path": path, "status": status, **told}
+                _log.info("request", extra=fields(**line, seconds=seconds))
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send, added: MutableHeaders) -> int:
         """The status that was sent, 499 when the client left before."""
@@ -82,11 +85,13 @@ class Named:
         try:
             await self._app(scope, receive, send_named)
         except ClientDisconnect:
+            note_code(scope, Cancelled.code)
             return status or 499
         except Exception:
+            note_code(scope, NvilaError.code)
             _log.exception("a request failed in a way nobody expected")
             if not status:
-                failed = error_object(500, message="the gateway failed; its log says how", code="internal")
+                failed = error_object(500, message="the gateway failed; its log says how", code=NvilaError.code)
                 await json_response(500, failed)(scope, receive, send_named)
         return status
 
