@@ -177,6 +177,29 @@ async def test_a_client_that_is_faster_than_the_worker_is_held_back_and_then_tol
     assert [piece.number for piece in inbox.pieces(ID)] == [1, 2]
 
 
+async def test_a_client_that_finds_no_room_any_more_is_told_what_is_kept_and_one_that_finds_none_keeps_nothing(
+    tmp_path: Path,
+) -> None:
+    data, inbox = encoded("mpegts"), Inbox(tmp_path, most_bytes=1)
+
+    async def body() -> AsyncIterator[bytes]:
+        half = len(data) // 2 // 188 * 188
+        yield data[:half]
+        yield data[half:]
+
+    async def room() -> None:
+        await inbox.wait_for_room(ID, 0)
+
+    with inbox.writing(ID) as writer:
+        with pytest.raises(Overloaded, match=r"at most 1 may; [\d,]+ bytes of this body are taken, .* at 1002\.000"):
+            await push.receive(body(), push.cutter(TS_TYPE, writer, 1000.0), room)
+        kept = inbox.pieces(ID)
+        assert [piece.captured_at for piece in kept] == pytest.approx([1000, 1002], abs=0.001)
+        with pytest.raises(Overloaded, match=r"at most 1 may$"):
+            await push.receive(body(), push.cutter(TS_TYPE, writer, 1000.0), room)
+        assert inbox.pieces(ID) == kept
+
+
 def test_numbers_go_on_where_another_writer_stopped_even_when_all_is_taken(tmp_path: Path) -> None:
     inbox = Inbox(tmp_path)
     for number in range(3):

@@ -18,7 +18,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
-from nvila.errors import DeadlineExceeded, InvalidMedia, InvalidRequest, LimitExceeded, UnsupportedMedia
+from nvila.errors import DeadlineExceeded, InvalidMedia, InvalidRequest, LimitExceeded, Overloaded, UnsupportedMedia
 
 PIECE_S = 2.0
 """Least length of a piece: its worker sees it that late, and opens so many files."""
@@ -62,8 +62,10 @@ async def receive(body: AsyncIterable[bytes], cutter: Cutter, room: Callable[[],
     """Read a body to its end. `room`: waits until the next piece may be taken on; the body is not read meanwhile.
 
     However the body ends, what came is kept as far as it is whole. Raises `DeadlineExceeded` when nothing comes, and
-    `InvalidMedia` when of what came nothing was whole."""
+    `InvalidMedia` when of what came nothing was whole. What may be tried again says what is kept by then: sent again,
+    it would be in the recording twice."""
     received = 0
+    await room()
     pieces = aiter(body)
     try:
         while True:
@@ -87,7 +89,15 @@ async def receive(body: AsyncIterable[bytes], cutter: Cutter, room: Callable[[],
     except (InvalidRequest, asyncio.CancelledError):
         cutter.pieces.discard()
         raise
-    except BaseException:  # the client left, or fell silent
+    except (Overloaded, DeadlineExceeded) as error:
+        cutter.finish()
+        if not cutter.pieces.count:
+            raise
+        kept = (
+            f"{received:,} bytes of this body are taken, to the piece captured at {cutter.pieces.last_captured_at:.3f}"
+        )
+        raise type(error)(f"{error.message}; {kept}: go on after them", retry_after_s=error.retry_after_s) from None
+    except BaseException:  # the client left
         cutter.finish()
         raise
     return Done(bytes=received, pieces=cutter.pieces.count, last_captured_at=cutter.pieces.last_captured_at)
