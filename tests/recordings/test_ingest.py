@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import psutil
 import pytest
+from blake3 import blake3
 from PIL import Image
 
 from nvila.errors import InvalidMedia, InvalidRequest, MediaUnavailable, NotFound, Unavailable
@@ -217,6 +218,30 @@ async def test_a_source_whose_host_is_away_does_not_fail_the_recording(taking: T
     there.paths[recording_id] = path
     await taking.handler()(claim)
     assert (await taking.shelf.get(recording_id, tenant="acme")).state is RecordingState.COMPLETE
+
+
+async def test_a_source_that_has_other_bytes_after_a_kill_is_kept_as_it_is_then(taking: Taking, tmp_path: Path) -> None:
+    class KilledOnce(ColdStore):
+        kills = 1
+
+        async def keep(self, source: Path, recording_id: str, name: str) -> str:
+            kept = await super().keep(source, recording_id, name)
+            if self.kills:
+                self.kills -= 1
+                raise Unavailable("killed before it could say what it has kept")
+            return kept
+
+    taking.cold = KilledOnce(str(tmp_path / "cold"))
+    recording_id = await taking.submit(write_clip(tmp_path / "a.mp4", 4.0), _MOVING)
+    claim = await taking.claim()
+    with pytest.raises(Unavailable):
+        await taking.handler()(claim)
+    taking.uploads.paths[recording_id] = write_clip(tmp_path / "b.mp4", 8.0, seed=1)
+    await taking.handler()(claim)
+    (segment,) = await taking.shelf.segments(recording_id)
+    async with taking.cold.open(segment.path) as path:
+        assert blake3(path.read_bytes()).hexdigest() == segment.digest
+    assert segment.duration_s == 8.0
 
 
 async def test_a_policy_that_means_nothing_fails_the_recording(taking: Taking, tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ class IngestHandler:
         refusal = self.load.refusal()
         if refusal:
             await claim.update_recording(error_code=Overloaded.code, error=f"waiting for room: {refusal}")
-            await claim.release(delay_s=_FULL_PAUSE_S)
+            await claim.put_off(_FULL_PAUSE_S)
             raise LeaseLost("given back: this worker has no room for another live source")
         self.load.measured(recording.id, 0.0, 0.0)
 
@@ -99,14 +99,15 @@ class IngestHandler:
             info = await self._services.frames.probe(
                 media.path, MediaKind.VIDEO, Deadline.after(self._services.limits.probe_timeout_s)
             )
+            digest = media.digest.hex()  # an address may give an attempt after this one other bytes
             segment = Segment(
                 recording_id=recording.id,
                 number=0,
-                path=await self._services.cold.keep(media.path, recording.id, "0"),
+                path=await self._services.cold.keep(media.path, recording.id, f"0-{digest[:16]}"),
                 start_s=0.0,
                 duration_s=cut.whole_us(info.duration_s),
                 size_bytes=media.size_bytes,
-                digest=media.digest.hex(),
+                digest=digest,
             )
         async with claim.transaction() as now:
             await now.add_segment(segment)
