@@ -15,7 +15,7 @@ import pytest
 from nvila.errors import InvalidMedia, Unauthenticated, Unavailable
 from nvila.recordings.camera import CameraLimits, CameraReader
 from nvila.recordings.chunks import FELL_BEHIND, NOT_KEPT, IngestLimits
-from nvila.recordings.claims import LeaseLost
+from nvila.recordings.claims import Claim, ClaimTransaction, LeaseLost
 from nvila.recordings.cold import ColdStore
 from nvila.recordings.footage import sweep_footage
 from nvila.recordings.hls import HlsReader
@@ -532,6 +532,36 @@ async def test_a_piece_is_kept_once_though_removing_an_old_one_has_to_be_tried_a
     assert [(segment.number, segment.start_s) for segment in segments] == [(n, 8.0 * n) for n in range(10)]
     assert show.taken == list(range(10))
     assert not segments[0].path, "it was tried again"
+
+
+async def test_a_reconnection_is_counted_once_though_the_answer_to_its_commit_is_lost(
+    taking: Taking, show: Show, clock: Clock
+) -> None:
+    class AnswerLost(Claim):
+        """Of the transaction that has counted the first reconnection."""
+
+        is_lost = False
+
+        @asynccontextmanager
+        async def transaction(self) -> AsyncIterator[ClaimTransaction]:
+            async with super().transaction() as now:
+                yield now
+            if not self.is_lost and (await taking.shelf.get(recording_id, tenant="acme")).counters.reconnects:
+                self.is_lost = True
+                raise Unavailable("the database of recordings does not answer")
+
+    recording_id = await taking.submit(None, _POLICY, kind=SourceKind.RTSP)
+    claim = await taking.claim()
+    claim.__class__ = AnswerLost
+    work: asyncio.Future[object] = asyncio.ensure_future(taking.handler(clock)(claim))
+    show.piece(0, 8, is_new=True)
+    await until(taking, recording_id, 1)
+    show.piece(8, 8, is_new=True)
+    show.end()
+    await work
+    assert claim.is_lost  # type: ignore[attr-defined]  # it is one that loses answers
+    assert show.taken == [0, 1]
+    assert (await taking.shelf.get(recording_id, tenant="acme")).counters.reconnects == 1
 
 
 async def test_footage_of_a_recording_that_is_over_is_removed_when_it_is_old(

@@ -223,8 +223,8 @@ class LiveIngest:
             source_until=piece.until,
         )
         async with self._claim.transaction() as now:
-            await now.add_segment(segment)
-            if piece.is_new_session and not is_first:
+            is_new = await now.add_segment(segment)  # else it was committed though its answer was lost
+            if is_new and piece.is_new_session and not is_first:
                 await now.add_counters(Counters(reconnects=1))
             await now.update_recording(
                 state=RecordingState.LIVE,
