@@ -99,6 +99,7 @@ async def test_a_recording_that_fails_gives_its_errors_status(
             state=RecordingState.FAILED, error_code="invalid_media", error="this is not a video"
         )
         assert "this is not a video" in await adding
+        assert " failed: invalid_media " in await cli("recordings", "list")
 
 
 async def test_a_question_is_answered_as_it_comes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,6 +194,7 @@ async def test_jobs_are_listed_cancelled_retried_and_fail_with_their_own_status(
         claim = await cli.claim(JobKind.WHEN)
         await claim.fail(InvalidRequest("the window is empty"), retry=False)
         assert "the window is empty" in await cli("jobs", "follow", job_id, status=3)
+        assert f"{job_id}  when    failed: invalid_request  {recording_id}" in await cli("jobs", "list")
         assert json.loads(await cli("jobs", "show", "job_no", "--json", status=5))["error"]["code"] == "not_found"
 
 

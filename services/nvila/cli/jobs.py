@@ -113,9 +113,14 @@ def _print_list(jobs: list[Record], *, as_json: bool) -> None:
     for title in ("job", "kind", "state", "recording", "age"):
         table.add_column(title, no_wrap=True)
     for job in jobs:
-        state = Text(job["state"], style=_STYLES.get(job["state"], ""))
+        state = Text(job["state"] + error_of(job), style=_STYLES.get(job["state"], ""))
         table.add_row(job["id"], job["kind"], state, job["recording"] or "", age(job["created_at"]))
     show.results().print(table)
+
+
+def error_of(record: Record) -> str:
+    """The code of its error, to stand behind its state; empty where there is none."""
+    return f": {record['error']['code']}" if record["error"] else ""
 
 
 def age(at: float) -> str:

@@ -163,7 +163,7 @@ def _print_list(found: list[Record], as_json: bool) -> None:
     for one in found:
         length = show.clock(one["duration_s"] or one["ingested_s"])
         progress = f" {one['progress']:.0%}" if one["state"] == "ingesting" and one["progress"] is not None else ""
-        state = Text(one["state"] + progress, style=_STYLES.get(one["state"], "dim"))
+        state = Text(one["state"] + progress + jobs.error_of(one), style=_STYLES.get(one["state"], "dim"))
         table.add_row(one["id"], state, length, one["source"]["type"], jobs.age(one["created_at"]), Text(one["name"]))
     show.results().print(table)
 
