@@ -236,6 +236,15 @@ async def test_coverage_of_a_part_tells_the_gaps_in_it_and_time_between_chunks(t
     assert told == [(10, 60), (68, 70), (70, 120), (120, 123), (130, 180)]
 
 
+async def test_coverage_counts_a_frame_once_however_many_chunks_have_it(tmp_path: Path) -> None:
+    async with serving(tmp_path) as gateway:
+        url = f"/v1/recordings/{await _ingest(gateway, 8, stride_s=4)}/coverage"
+        whole = (await gateway.client.get(url, headers=BEARER)).json()
+        part = (await gateway.client.get(url, params={"start_s": "13", "end_s": "33"}, headers=BEARER)).json()
+    assert (whole["chunks"], whole["frames"], part["frames"]) == (8, 7 * 4 + 10, 20)
+    assert (whole["frames_static"], whole["frames_lost"]) == (16, 4), "as the first says that has it"
+
+
 async def test_chunks_come_in_pages_with_their_pictures(tmp_path: Path) -> None:
     async with serving(tmp_path) as gateway:
         recording_id = await _ingest(gateway, 5)

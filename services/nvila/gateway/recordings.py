@@ -309,8 +309,9 @@ class Recordings:
         return await self.shelf.segments(recording_id, start_s=start_s, end_s=end_s, after=after, limit=limit)
 
     async def coverage(self, tenant: str, recording_id: str, start_s: float | None, end_s: float | None) -> Seen:
-        """Gaps and static stretches of a window, and the frames in it; neighbours are joined, and what lies between
-        chunks is a gap. Reads every chunk of the window, a thousand at a time."""
+        """Gaps and static stretches of a window, and the frames in it; neighbours are joined, what lies between
+        chunks is a gap, and a frame that several chunks have counts once. Reads every chunk of the window, a thousand
+        at a time."""
         check_window(RecordingWindow(recording_id=recording_id, start_s=start_s, end_s=end_s))
         recording = await self.get(tenant, recording_id)
         start = start_s or 0.0
@@ -319,6 +320,7 @@ class Recordings:
         static: list[Stretch] = []
         frames = still = lost = count = 0
         reach_s = start
+        counted_s: set[float] = set()
         after: int | None = None
         while True:
             chunks = await self.shelf.chunks(
@@ -329,8 +331,12 @@ class Recordings:
                 for gap in (Gap(start_s=reach_s, end_s=chunk.start_s, reason=NOT_SAMPLED), *chunk.gaps):
                     _join_gap(gaps, gap, start, end)
                 reach_s = max(reach_s, chunk.end_s)
+                # A chunk's first frame may have come on show before it begins, after the instant before.
+                before_s = {at_s for at_s in counted_s if at_s > chunk.start_s - 1 / recording.policy.fps}
+                counted_s = set(before_s)
                 for group in chunk.groups:
-                    times_s = _inside(group.times_s, start, end_s)
+                    times_s = [at_s for at_s in _inside(group.times_s, start, end_s) if at_s not in before_s]
+                    counted_s.update(times_s)
                     frames += len(times_s)
                     lost += len(times_s) if group.ref is None else 0
                     if group.is_static and times_s:
