@@ -224,14 +224,16 @@ async def test_an_ingest_that_killed_its_workers_fails_its_recording(
 
 
 async def test_a_cancelled_job_is_not_tried_again(jobs: JobStore) -> None:
-    for leave in ("fail", "release"):
+    for leave in ("fail", "release", "put_off"):
         job = await made.submit(jobs)
         claim = await made.claim(jobs)
         await jobs.cancel(job.id, tenant="acme")
         if leave == "fail":
             await claim.fail(Unavailable("away"), retry=True)
-        else:
+        elif leave == "release":
             await claim.release()
+        else:
+            await claim.put_off(15)
         assert (await jobs.get(job.id, tenant="acme")).state is JobState.CANCELLED
 
 
@@ -397,6 +399,24 @@ async def test_the_backlog_is_counted_by_kind_and_state(jobs: JobStore, clock: C
 
     assert counted[JobKind.ASK, JobState.QUEUED] == (2, 5.0)
     assert counted[JobKind.WHEN, JobState.RUNNING][0] == 1
+
+
+async def test_a_job_for_which_there_is_no_room_goes_on_waiting(jobs: JobStore, clock: Clock) -> None:
+    await made.submit(jobs)
+    for _ in range(3):
+        await (await made.claim(jobs)).put_off(15)
+        assert await jobs.claim("worker", [JobKind.ASK], 30) is None
+        clock.now += 15
+    (waiting,) = await jobs.backlog()
+    assert (waiting.state, waiting.oldest_s) == (JobState.QUEUED, 45)
+
+    claim = await made.claim(jobs)
+    assert (claim.job.attempt, claim.waited_s) == (1, 45)
+    clock.now += 5
+    await claim.release()
+    (waiting,) = await jobs.backlog()
+    assert waiting.oldest_s == 0, "it had begun"
+    await made.claim(jobs)
 
 
 # -- deletion

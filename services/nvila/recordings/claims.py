@@ -149,7 +149,12 @@ class Claim:
                 return JobState.CANCELLED
             if retry and now.attempt < self.job.max_attempts:
                 await now.event("retry", {**told, "delay_s": delay_s})
-                now.changes |= {"state": JobState.QUEUED, "not_before": self._clock() + delay_s, **told}
+                now.changes |= {
+                    "state": JobState.QUEUED,
+                    "not_before": self._clock() + delay_s,
+                    "lease_until": 0.0,
+                    **told,
+                }
                 return JobState.QUEUED
             await now.end(JobState.FAILED, **told)
             return JobState.FAILED
@@ -159,18 +164,22 @@ class Claim:
         async with self.transaction() as now:
             await now.end(JobState.CANCELLED)
 
-    async def release(self, *, delay_s: float = 0.0) -> None:
-        """Give it back unfinished, through no fault of its own (the worker goes, or there is nothing to do before
-        `delay_s` are over): it is queued again and this attempt does not count. The lease ends."""
+    async def release(self) -> None:
+        """Give it back unfinished, through no fault of its own (the worker goes): it is queued again and this attempt
+        does not count. The lease ends."""
+        await self._give_back(not_before=self._clock(), lease_until=0.0)
+
+    async def put_off(self, delay_s: float) -> None:
+        """Give it back before anything was done, as there is no room for it: nobody has it for `delay_s`, and it is as
+        if it had not been claimed; it has waited for as long as it could have begun."""
+        await self._give_back(lease_until=self._clock() + delay_s)
+
+    async def _give_back(self, **changes: float) -> None:
         async with self.transaction() as now:
             if now.cancel_asked:
                 await now.end(JobState.CANCELLED)
                 return
-            now.changes |= {
-                "state": JobState.QUEUED,
-                "not_before": self._clock() + delay_s,
-                "attempt": max(0, now.attempt - 1),
-            }
+            now.changes |= {"state": JobState.QUEUED, "attempt": max(0, now.attempt - 1), **changes}
 
 
 class ClaimTransaction:

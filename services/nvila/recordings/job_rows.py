@@ -89,9 +89,9 @@ async def insert_job(connection: AsyncConnection, tenant: str, new: NewJob, at: 
 
 
 def next_job(kinds: Collection[JobKind], now: float) -> Any:
-    """The query of whose turn it is: of the jobs that may begin, one whose tenant has the fewest running jobs of its
-    kind; among those the one whose tenant was served longest ago; of a tenant's jobs the oldest. A deletion waits until
-    nothing else of its recording runs."""
+    """The query of whose turn it is: of the jobs that may begin and are not put off, one whose tenant has the fewest
+    running jobs of its kind; among those the one whose tenant was served longest ago; of a tenant's jobs the oldest. A
+    deletion waits until nothing else of its recording runs."""
     job, other, tenant = schema.jobs.c, schema.jobs.alias("other").c, schema.tenants.c
     busy = (
         select(job.tenant, job.kind, func.count().label("running"))
@@ -104,7 +104,7 @@ def next_job(kinds: Collection[JobKind], now: float) -> Any:
         select(schema.jobs)
         .outerjoin(busy, and_(busy.c.tenant == job.tenant, busy.c.kind == job.kind))
         .outerjoin(schema.tenants, tenant.tenant == job.tenant)
-        .where(job.state == JobState.QUEUED, job.kind.in_(kinds), job.not_before <= now)
+        .where(job.state == JobState.QUEUED, job.kind.in_(kinds), job.not_before <= now, job.lease_until <= now)
         .where(or_(job.kind != JobKind.DELETE, ~is_in_use))
         .order_by(
             func.coalesce(busy.c.running, 0),

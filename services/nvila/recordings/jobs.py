@@ -41,7 +41,7 @@ _SWEEP_AT_ONCE = 500
 
 @dataclass(frozen=True)
 class Backlog:
-    """Jobs of one kind and state. `oldest_s`: how long the oldest has been allowed to begin."""
+    """Jobs of one kind and state. `oldest_s`: how long the oldest could have begun."""
 
     kind: JobKind
     state: JobState
@@ -162,6 +162,7 @@ class JobStore:
                 attempt=0,
                 cancel_asked=False,
                 not_before=self._clock(),
+                lease_until=0.0,
                 finished_at=None,
                 error_code="",
                 error="",

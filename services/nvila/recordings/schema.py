@@ -142,7 +142,7 @@ jobs = Table(
     Column("max_attempts", Integer, nullable=False),
     Column("fence", BigInteger, nullable=False),
     Column("worker", String(128), nullable=False),
-    Column("lease_until", Double, nullable=False),
+    Column("lease_until", Double, nullable=False),  # of a queued job: until when it is put off
     Column("created_at", Double, nullable=False),
     Column("not_before", Double, nullable=False),
     Column("finished_at", Double),
