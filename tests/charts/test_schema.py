@@ -10,6 +10,7 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+import yaml
 
 from tests.charts.helm import CHART, ROOT, HelmError, render
 
@@ -32,6 +33,13 @@ def test_schema_and_readme_are_those_of_the_values(document: ModuleType) -> None
     text = (CHART / "values.yaml").read_text()
     assert json.loads((CHART / "values.schema.json").read_text()) == document.schema(text), "run make charts"
     assert (CHART / "README.md").read_text() == document.readme(text), "run make charts"
+
+
+def test_the_readme_says_what_is_made_of_every_part() -> None:
+    values = yaml.safe_load((CHART / "values.yaml").read_text())
+    parts = {name for name, section in values.items() if isinstance(section, dict) and "resources" in section}
+    told = set(re.findall(r"^\| (\w+) \|", (CHART / "README.md").read_text(), re.MULTILINE))
+    assert parts <= told
 
 
 def test_every_key_is_explained_in_a_sentence(document: ModuleType) -> None:

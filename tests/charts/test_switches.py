@@ -327,6 +327,25 @@ def test_monitors_scrape_ports_that_pods_have_and_keep_the_labels_that_queries_u
         assert spec["podTargetLabels"] == ["app.kubernetes.io/instance", "app.kubernetes.io/component"]
 
 
+@pytest.mark.parametrize(("named", "claim"), [("", "nvila-gateway"), ("shared", "shared")])
+def test_the_room_of_the_claim_is_watched_by_its_own_name(named: str, claim: str) -> None:
+    def watched(persistence: dict[str, Any]) -> list[str]:
+        values = {"monitoring": {"rules": True}, "gateway": {"data": {"persistence": persistence}}}
+        (rule,) = render(values).get("PrometheusRule", "alerts")["spec"]["groups"]
+        return [one["expr"] for one in rule["rules"] if one["alert"] == "NvilaStorageFull"]
+
+    chosen = f'{{namespace="apps",persistentvolumeclaim="{claim}"}}'
+    (expr,) = watched({"enabled": True, "existingClaim": named})
+    assert expr.split() == [
+        f"min(kubelet_volume_stats_available_bytes{chosen}",
+        "/",
+        f"kubelet_volume_stats_capacity_bytes{chosen})",
+        "<",
+        "0.1",
+    ]
+    assert watched({"enabled": False}) == []
+
+
 # -- tracing
 
 

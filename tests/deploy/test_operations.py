@@ -32,7 +32,8 @@ def test_tables_are_what_the_command_prints(words: str, text: str) -> None:
 
 
 def test_every_alert_has_its_runbook() -> None:
-    (rule,) = render({"monitoring": {"rules": True}}).all("PrometheusRule")
+    values = {"monitoring": {"rules": True}, "gateway": {"data": {"persistence": {"enabled": True}}}}
+    (rule,) = render(values).all("PrometheusRule")
     alerts = {one["alert"] for group in rule["spec"]["groups"] for one in group["rules"]}
     headings = set(re.findall(r"^### (Nvila\w+)$", DOCUMENT.read_text(), re.MULTILINE))
 
