@@ -366,6 +366,16 @@ async def test_all_who_record_a_camera_share_one_connection_and_one_process(read
         assert reader.captures == 0
 
 
+async def test_who_leaves_in_the_middle_of_a_piece_leaves_it_to_the_others(reader: CameraReader, clip: Clip) -> None:
+    async with camera(clip) as shown, aclosing(reader.events(watched(shown))) as stays:
+        async with aclosing(reader.events(watched(shown))) as leaves:
+            one, same = await asyncio.gather(footage(stays), footage(leaves))
+            assert one.path == same.path
+        assert one.path.exists()
+        one.taken()
+        assert not one.path.exists()
+
+
 async def test_nothing_is_left_after_a_hundred_adds_and_removes(
     reader: CameraReader, clip: Clip, tmp_path: Path
 ) -> None:

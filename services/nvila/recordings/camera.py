@@ -26,6 +26,7 @@ import sys
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -141,6 +142,7 @@ class _Listener:
     def __init__(self, most_waiting: int) -> None:
         self._waiting: deque[LiveEvent] = deque()
         self._most = most_waiting
+        self._in_hand: Footage | None = None
         self._news = asyncio.Event()
 
     def put(self, event: LiveEvent) -> None:
@@ -158,10 +160,13 @@ class _Listener:
         while not self._waiting:
             self._news.clear()
             await self._news.wait()
-        return self._waiting.popleft()
+        event = self._waiting.popleft()
+        self._in_hand = event if isinstance(event, Footage) else None
+        return event
 
     def close(self) -> None:
-        for event in self._waiting:
+        """Also the piece that it was given last is let go: who leaves in the middle of it takes it no more."""
+        for event in (self._in_hand, *self._waiting):
             if isinstance(event, Footage):
                 event.taken()
         self._waiting.clear()
@@ -293,16 +298,23 @@ class _Capture:
     def _hand_out(self, path: Path, captured_at: float, until: float, *, is_first: bool) -> None:
         self._away = None
         self._connections.show(self, is_away=False)
-        left = len(self._listeners)
+        left = set(self._listeners)
 
-        def taken() -> None:
-            nonlocal left
-            left -= 1
-            if left <= 0:
+        def taken(listener: _Listener) -> None:
+            left.discard(listener)
+            if not left:
                 path.unlink(missing_ok=True)
 
         for listener in self._listeners:
-            listener.put(Footage(path=path, captured_at=captured_at, taken=taken, until=until, is_new_session=is_first))
+            listener.put(
+                Footage(
+                    path=path,
+                    captured_at=captured_at,
+                    taken=partial(taken, listener),
+                    until=until,
+                    is_new_session=is_first,
+                )
+            )
 
 
 def _authorities() -> dict[str, str]:
