@@ -188,14 +188,28 @@ async def test_who_is_too_slow_is_told_what_was_lost(clip: Clip, tmp_path: Path)
         async with asyncio.timeout(30):
             while not list(first.path.parent.glob("0-4.*")):
                 await asyncio.sleep(0.02)
-        lost = await anext(events)
-        assert isinstance(lost, Lost)
-        while not isinstance(after := await anext(events), Footage):
-            assert isinstance(after, Lost)
-            assert after.start == pytest.approx(lost.until, abs=0.02)
-            lost = after
+        lost, after = await anext(events), await anext(events)
+    assert isinstance(lost, Lost)
+    assert isinstance(after, Footage), "what was lost is told as one"
+    assert lost.start == pytest.approx(first.until, abs=0.02)
     assert first.until == pytest.approx(first.captured_at + 0.5, abs=0.02)
     assert after.captured_at == pytest.approx(lost.until, abs=0.02)
+    reader.close()
+
+
+async def test_who_is_busy_is_told_only_the_last_of_the_failures_to_connect(tmp_path: Path) -> None:
+    door, recording = Loopback(), made.recording(kind=SourceKind.RTSP)
+    recording = replace(recording, source=Source(kind=SourceKind.RTSP, url="rtsp://inside.example/yard"))
+    reader = CameraReader(door, tmp_path / "captures", Metrics(), replace(_LIMITS, refused_pause_s=0.05))
+    async with aclosing(reader.events(recording)) as events:
+        await away(events)
+        async with asyncio.timeout(30):
+            while len(door.asked) < 5:
+                await asyncio.sleep(0.01)
+        assert isinstance((await away(events)).error, ForbiddenURL)
+        told_at = len(door.asked)
+        await away(events)
+        assert len(door.asked) > told_at, "of a failure after that"
     reader.close()
 
 

@@ -52,6 +52,8 @@ _log = logging.getLogger(__name__)
 
 _REFUSALS = (Unauthenticated, NotFound, UnsupportedMedia, ForbiddenURL)
 _START_S = 30.0
+_TOUCHING_S = 1.0
+"""Capture times of pieces that follow each other differ by less: the camera's clock drifts against ours."""
 
 
 class Door(Protocol):
@@ -137,7 +139,7 @@ def check_camera_url(url: str) -> None:
 
 
 class _Listener:
-    """One who records a camera: events that wait for it, footage bounded."""
+    """One who records a camera: events that wait for it, however long, in little room."""
 
     def __init__(self, most_waiting: int) -> None:
         self._waiting: deque[LiveEvent] = deque()
@@ -146,6 +148,8 @@ class _Listener:
         self._news = asyncio.Event()
 
     def put(self, event: LiveEvent) -> None:
+        if isinstance(event, Away):  # those before it are over
+            self._waiting = deque(waiting for waiting in self._waiting if not isinstance(waiting, Away))
         self._waiting.append(event)
         footage = [(place, waiting) for place, waiting in enumerate(self._waiting) if isinstance(waiting, Footage)]
         if len(footage) > self._most:
@@ -153,6 +157,10 @@ class _Listener:
             place, oldest = footage[0]
             assert oldest.until is not None, "a camera's piece says how long it is"
             self._waiting[place] = Lost(start=oldest.captured_at, until=oldest.until)
+            before = self._waiting[place - 1] if place else None
+            if isinstance(before, Lost) and abs(oldest.captured_at - before.until) < _TOUCHING_S:
+                self._waiting[place] = Lost(start=before.start, until=oldest.until)
+                del self._waiting[place - 1]
             oldest.taken()
         self._news.set()
 
