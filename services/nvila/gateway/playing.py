@@ -68,7 +68,6 @@ class Player:
         self._folder = folder
         self._most_kept_bytes = most_kept_bytes
         self._turn = asyncio.Lock()
-        self._unplayable: set[str] = set()
 
     async def open(self, segment: Segment) -> Path | Stored:
         """Raises `NotFound` for footage that is not kept any more, `Unavailable`."""
@@ -94,26 +93,24 @@ class Player:
     # -- inside
 
     async def _remuxed(self, segment: Segment) -> Path | None:
+        """None: it holds nothing that a browser plays, which an empty file remembers as long as others are kept."""
         name = hashlib.sha256(f"{segment.recording_id}/{segment.number}/{segment.digest}".encode()).hexdigest()
         path = self._folder / f"{name}.mp4"
         async with self._turn:  # one at a time: it takes a processor for a fraction of a second
-            if name in self._unplayable:
-                return None
             if await asyncio.to_thread(_touched, path):
-                return path
+                return path if path.stat().st_size else None
             await asyncio.to_thread(self._folder.mkdir, parents=True, exist_ok=True, mode=0o700)
             beside = self._folder / f".{secrets.token_hex(8)}"
             try:
                 async with self._store.open(segment.path) as source:
                     is_made = await _remux(source, beside)
                 if not is_made:
-                    self._unplayable.add(name)
-                    return None
+                    os.truncate(beside, 0)
                 beside.replace(path)
             finally:
                 beside.unlink(missing_ok=True)
             await asyncio.to_thread(self._tidy)
-        return path
+        return path if is_made else None
 
     def _tidy(self) -> None:
         """The oldest go first; one that was asked for a moment ago stays, for its answer is still to be sent."""
