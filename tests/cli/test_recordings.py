@@ -16,7 +16,7 @@ import pytest
 from nvila.cli.main import main
 from nvila.cli.recording_client import RecordingClient
 from nvila.cli.recordings import seconds
-from nvila.errors import DeadlineExceeded, InvalidRequest, LimitExceeded, NvilaError
+from nvila.errors import DeadlineExceeded, InvalidRequest, LimitExceeded, NotFound, NvilaError
 from nvila.recordings.claims import Claim
 from nvila.recordings.jobs import JobStore
 from nvila.recordings.types import JobKind, RecordingState
@@ -226,6 +226,20 @@ async def test_what_cannot_be_done_says_why_with_its_status(
 ) -> None:
     async with _cli(tmp_path, capsys) as cli:
         assert (await cli(*words, status=status)).startswith("nvila: ")
+
+
+def test_an_export_that_ends_with_an_error_raises_it() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        error = {"code": "not_found", "message": "no job 'job_1'"}
+        lines = [{"event": 1, "kind": "chunk"}, {"kind": "error", "error": error}]
+        return httpx.Response(200, text="".join(json.dumps(line) + "\n" for line in lines))
+
+    with RecordingClient("http://gateway.example", KEY) as client:
+        client._http = httpx.Client(transport=httpx.MockTransport(answer), base_url="http://gateway.example")
+        lines = client.lines("/v1/jobs/job_1/results")
+        assert json.loads(next(lines))["kind"] == "chunk"
+        with pytest.raises(NotFound, match="job_1"):
+            next(lines)
 
 
 async def test_an_upload_goes_on_after_its_connection_broke(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 from collections.abc import AsyncGenerator
 from contextlib import AsyncExitStack
 from pathlib import Path
@@ -14,7 +15,7 @@ import httpx
 import pytest
 
 from nvila.errors import InvalidMedia
-from nvila.gateway.http_jobs import beating
+from nvila.gateway.http_jobs import beating, result_lines
 from nvila.recordings.claims import Claim
 from nvila.recordings.jobs import JobStore
 from nvila.recordings.types import JobEvent, JobKind, RecordingState
@@ -211,6 +212,21 @@ async def test_results_are_json_lines_with_the_whole_last(tmp_path: Path) -> Non
     assert whole.headers["content-type"].startswith("application/jsonl")
     last = json.loads(whole.text.splitlines()[-1])
     assert (last["kind"], last["text"], last["job"]) == ("result", "Quiet.", job_id)
+
+
+async def test_results_of_a_job_that_is_removed_meanwhile_end_with_an_error(tmp_path: Path) -> None:
+    async with serving(tmp_path) as gateway:
+        job_id = (await _submit(gateway, recording=await _recording(gateway))).json()["id"]
+        claim = await _claim(gateway, JobKind.SUMMARY)
+        await claim.event("chunk", {"chunk": 0})
+        await claim.finish({"text": "Quiet."})
+        jobs, noted = JobStore(gateway.database), list[str]()
+        lines = result_lines(jobs, await jobs.get(job_id, tenant="acme"), noted.append)
+        first = await anext(lines)
+        await jobs.sweep(math.inf)
+        (last,) = [json.loads(line) async for line in lines]
+    assert json.loads(first)["chunk"] == 0
+    assert (last["kind"], last["error"]["code"], noted) == ("error", "not_found", ["not_found"])
 
 
 async def test_a_job_that_failed_says_why_and_can_be_retried(tmp_path: Path) -> None:

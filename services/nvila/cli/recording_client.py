@@ -13,7 +13,7 @@ from typing import Any, Self
 import httpx
 
 from nvila.cli.client import error_of
-from nvila.errors import Conflict, DeadlineExceeded, NvilaError, Overloaded, Unavailable
+from nvila.errors import Conflict, DeadlineExceeded, NvilaError, Overloaded, Unavailable, from_wire
 
 _PIECE_BYTES = 8 << 20
 _TUS = {"Tus-Resumable": "1.0.0"}
@@ -127,9 +127,13 @@ class RecordingClient:
             time.sleep(self._pause(failures))
 
     def lines(self, path: str) -> Iterator[str]:
-        """JSON lines as they come."""
+        """JSON lines as they come. Raises the error that the last one may be."""
         with self._stream(path) as answer:
-            yield from answer.iter_lines()
+            for line in answer.iter_lines():
+                told: Record = json.loads(line)
+                if told["kind"] == "error":
+                    raise from_wire(told["error"]["code"], told["error"]["message"])
+                yield line
 
     # -- the wire
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from contextlib import suppress
+from functools import partial
 from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Header, Query, Request
@@ -17,7 +18,7 @@ from nvila.errors import InvalidRequest, NvilaError
 from nvila.gateway.http_errors import note_code, to_object
 from nvila.gateway.http_recordings import IdempotencyKey, ShownError
 from nvila.gateway.http_services import Having, HttpSettings, Tenant
-from nvila.gateway.recordings import shown_params
+from nvila.gateway.recordings import Jobs, shown_params
 from nvila.gateway.replies import HEARTBEAT
 from nvila.recordings.types import Job, JobEvent, JobKind, JobState
 from nvila.types import RecordingWindow
@@ -201,23 +202,30 @@ def _add_streams(app: FastAPI, settings: HttpSettings) -> None:
         response_class=StreamingResponse,
         responses={200: {"content": {"application/jsonl": {}}, "description": "One JSON object per line."}},
     )
-    async def results(job_id: str, services: Having, tenant: Tenant) -> StreamingResponse:
+    async def results(job_id: str, request: Request, services: Having, tenant: Tenant) -> StreamingResponse:
         """What a job has found so far, as JSON lines: per chunk as it came, and the whole result last when it is
-        done."""
+        done. A line of kind error says that what follows is missing."""
         jobs = services.recordings.jobs
         job = await jobs.get(job_id, tenant=tenant)
+        lines = result_lines(jobs, job, partial(note_code, request.scope))
+        return StreamingResponse(lines, media_type="application/jsonl", headers={"Cache-Control": "no-store"})
 
-        async def lines() -> AsyncIterator[bytes]:
-            number = 0
-            while found := await jobs.events_after(job_id, number, tenant=tenant, limit=_EVENTS_AT_ONCE):
-                number = found[-1].number
-                for event in found:
-                    if event.kind not in _NOT_RESULTS:
-                        yield _line({"event": event.number, "kind": event.kind, **event.data})
-            if job.result is not None:
-                yield _line({"kind": "result", "job": job.id, "recording": job.recording_id, **job.result})
 
-        return StreamingResponse(lines(), media_type="application/jsonl", headers={"Cache-Control": "no-store"})
+async def result_lines(jobs: Jobs, job: Job, note: Callable[[str], None]) -> AsyncIterator[bytes]:
+    """What a job has found. `note`: is told the code of an error, which is the last line then."""
+    number = 0
+    try:
+        while found := await jobs.events_after(job.id, number, tenant=job.tenant, limit=_EVENTS_AT_ONCE):
+            number = found[-1].number
+            for event in found:
+                if event.kind not in _NOT_RESULTS:
+                    yield _line({"event": event.number, "kind": event.kind, **event.data})
+    except NvilaError as error:  # the job may be removed meanwhile
+        note(error.code)
+        yield _line({"kind": "error", **to_object(error)})
+        return
+    if job.result is not None:
+        yield _line({"kind": "result", "job": job.id, "recording": job.recording_id, **job.result})
 
 
 async def beating(events: AsyncGenerator[JobEvent, None], every_s: float) -> AsyncGenerator[JobEvent | None, None]:
