@@ -20,6 +20,7 @@ from nvila.errors import LimitExceeded
 from nvila.gateway.app import build, decode_limits
 from nvila.gateway.settings import GatewaySettings
 from nvila.video.probe import check_file
+from tests.recordings.postgres import PostgresServer
 
 PREFIX = f"nvila-test-{os.getpid()}"
 
@@ -115,6 +116,28 @@ async def test_without_the_services_behind_it_is_live_not_ready_answers_503_and_
     assert b"Traceback" not in log
     assert list(Path("/dev/shm").glob(f"{PREFIX}*")) == []
     assert list((tmp_path / "scratch").iterdir()) == []
+
+
+async def test_it_starts_without_the_database_of_recordings_and_uses_it_when_it_is_there(tmp_path: Path) -> None:
+    headers = {"Authorization": "Bearer key-number-one"}
+    server = PostgresServer()
+    try:
+        server.start()
+        url = server.new_database()
+        server.stop()
+        async with _process(tmp_path, RECORDINGS_DATABASE_URL=url) as (_, client):
+            await _until_live(client)
+            answer = await client.get("/v1/recordings", headers=headers)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "unavailable")
+            reasons = (await client.get("/health/ready")).json()["reasons"]
+            assert not any("database" in reason for reason in reasons)
+            server.start()
+            async with asyncio.timeout(60):
+                while (answer := await client.get("/v1/recordings", headers=headers)).status_code == 503:
+                    await asyncio.sleep(0.2)
+            assert answer.json()["data"] == []
+    finally:
+        server.remove()
 
 
 async def test_with_recordings_off_it_opens_no_database_and_says_so(tmp_path: Path) -> None:

@@ -315,6 +315,24 @@ async def test_a_postgresql_that_goes_away_is_unavailable_and_used_again_when_it
         server.remove()
 
 
+async def test_a_database_that_could_not_be_brought_up_to_date_is_not_used_before_it_is(tmp_path: Path) -> None:
+    database = Database.open(f"sqlite:///{tmp_path}/r.db", wait_s=0.1)
+    other = sqlite3.connect(tmp_path / "r.db", isolation_level=None)
+    other.execute("BEGIN EXCLUSIVE")
+    with pytest.raises(Unavailable):
+        await database.migrate()
+    other.execute("ROLLBACK")
+    other.close()
+    with pytest.raises(Unavailable):
+        await made.submit(JobStore(database))
+    with pytest.raises(Unavailable):
+        await database.ping()
+
+    await database.migrate()
+    await made.submit(JobStore(database))
+    await database.close()
+
+
 async def test_a_writer_that_waits_too_long_for_its_turn_says_so(tmp_path: Path) -> None:
     database = Database.open(f"sqlite:///{tmp_path}/r.db", wait_s=0.1)
     await database.migrate()

@@ -1,7 +1,8 @@
 """The gateway as a process (`python -m nvila.gateway.app`): the one place where concrete classes are named and opened.
 
 Ready means: the decode service has said what it serves, vision has loaded the model, and the largest request that is
-allowed fits everywhere. Shutdown: admit nobody more, let requests in flight end, then close in reverse order.
+allowed fits everywhere. The database of recordings may be away, also at the start: only recordings wait for it.
+Shutdown: admit nobody more, let requests in flight end, then close in reverse order.
 """
 
 from __future__ import annotations
@@ -10,14 +11,14 @@ import asyncio
 import logging
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 
 from fastapi import FastAPI
 
 from nvila.cache.store import TokenStore
 from nvila.decode.client import DecodeClient
-from nvila.errors import NvilaError
+from nvila.errors import NvilaError, Unavailable
 from nvila.gateway import grpc, http
 from nvila.gateway.admission import Admission
 from nvila.gateway.auth import ApiKeys
@@ -196,7 +197,7 @@ async def _open_recordings(
     live = settings.recordings_dir or settings.data_dir / "recordings"
     database = Database.open(url.get_secret_value() if url else f"sqlite:///{settings.data_dir}/recordings.db")
     opened.push_async_callback(database.close)
-    await database.migrate()
+    await _migrate(database, opened)
     shelf = RecordingStore(database)
     cold = await asyncio.to_thread(ColdStore, settings.recordings_cold_url or str(live))
     seal = Seal(key.get_secret_value() for key in settings.recordings_secret_keys)
@@ -215,6 +216,23 @@ async def _open_recordings(
     )
     await opened.enter_async_context(_regularly(_SWEEP_EVERY_S, recordings.player.tidy))
     return _Recorded(shelf=shelf, cold=cold, recordings=recordings)
+
+
+async def _migrate(database: Database, opened: AsyncExitStack) -> None:
+    """While the database is away, recordings answer 503; chat does not wait for it."""
+
+    async def try_again() -> None:
+        if database.is_behind:
+            with suppress(Unavailable):
+                await database.migrate()
+                _log.info("the database of recordings answers")
+
+    try:
+        await database.migrate()
+    except Unavailable as error:
+        reason = getattr(error.__cause__, "orig", error)
+        _log.warning("the database of recordings does not answer", extra=fields(reason=str(reason)))
+        await opened.enter_async_context(_regularly(_LOOK_EVERY_S, try_again))
 
 
 class Health:

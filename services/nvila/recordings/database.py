@@ -34,11 +34,14 @@ Insert = sqlite.Insert | postgresql.Insert
 
 
 class Database:
-    """Connections to one database. `open` neither connects nor creates anything; `migrate` does, once, at start."""
+    """Connections to one database. `open` neither connects nor creates anything; `migrate` does, once, at start, and
+    again where it failed: until then nothing is read or written."""
 
     def __init__(self, engine: AsyncEngine, wait_s: float) -> None:
         self._engine = engine
         self._wait_s = wait_s
+        self.is_behind = False
+        """Whether the tables may be those of another version, or none."""
 
     @classmethod
     def open(cls, url: str, *, wait_s: float = 20.0, connections: int = 8) -> Database:
@@ -68,19 +71,22 @@ class Database:
 
     async def migrate(self) -> None:
         """Bring the tables to this program's version. Processes that start together do it one after the other; a
-        process that dies half-way leaves everything as it was."""
+        process that dies half-way leaves everything as it was. Raises `Unavailable` while the database is away."""
+        self.is_behind = True
         if self.is_sqlite and self._engine.url.database:
             await asyncio.to_thread(_begin_file, Path(self._engine.url.database), self._wait_s)
-        async with self.write() as connection:
+        async with self._write() as connection:
             if not self.is_sqlite:
                 for setting in ("lock_timeout", "statement_timeout"):  # another process may be at it for a while
                     await connection.execute(text(f"SET LOCAL {setting} = 0"))
                 await connection.execute(text("SELECT pg_advisory_xact_lock(:key)"), {"key": _MIGRATIONS_LOCK})
             await connection.run_sync(_upgrade)
+        self.is_behind = False
 
     @asynccontextmanager
     async def read(self) -> AsyncIterator[AsyncConnection]:
         """One transaction that only reads; on SQLite it never waits for a writer."""
+        self._check_tables()
         try:
             async with self._engine.connect() as connection:
                 yield connection
@@ -93,6 +99,12 @@ class Database:
     async def write(self) -> AsyncIterator[AsyncConnection]:
         """One transaction that writes, committed at the end of the block, undone when the block raises. On SQLite it
         is the only one of all processes from its first moment, so that what it has read stays true."""
+        self._check_tables()
+        async with self._write() as connection:
+            yield connection
+
+    @asynccontextmanager
+    async def _write(self) -> AsyncIterator[AsyncConnection]:
         try:
             async with self._engine.connect() as connection:
                 await connection.execution_options(nvila_writes=True)
@@ -114,6 +126,10 @@ class Database:
 
     async def close(self) -> None:
         await self._engine.dispose()
+
+    def _check_tables(self) -> None:
+        if self.is_behind:
+            raise Unavailable("the database of recordings does not answer")
 
 
 def to_json(value: Any) -> str:
