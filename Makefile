@@ -17,7 +17,7 @@ $(READY): requirements.lock pyproject.toml deploy/requirements/install.sh
 	@deploy/requirements/install.sh .venv
 	@touch $@
 
-demo: $(READY) ## Start everything, ask two questions about a real video, stop everything
+demo: $(READY) ## Start everything, ask about a drawn page, a drawn clip and a real video, stop everything
 	@$(BIN)/nvila demo
 
 test: $(READY) ## Run every test: quick ones first, then the whole path on the real programs
