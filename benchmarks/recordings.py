@@ -1,7 +1,7 @@
 """When things happen in a recording, and in which order: `python -m benchmarks.recordings`.
 
 Draws a recording of minutes from the test split (`nvila.train.data.recording`), takes it in through a stack of its own
-in chunks of 4 s at 8 frames a second (nvila-tiny's training clips last 4 to 12 s), and asks through the platform's jobs:
+in chunks of 4 s at 8 frames a second (nvila-tiny's training clips last 4 to 12 s), and asks by the platform's jobs:
 
 - *when* of every shape that is shown, and of as many that never are. Scored: the overlap (IoU) of the intervals that
   are found with those that are right, the share of questions at 0.5 and above; and of those that never happen, the
