@@ -99,8 +99,12 @@ def test_what_a_living_process_of_a_version_before_has_is_left_alone(tmp_path: P
 
 
 def test_a_file_in_the_way_stops_nobody_from_starting(tmp_path: Path) -> None:
-    (tmp_path / ".nfs0000").write_bytes(b"")
-    OwnFolder(tmp_path).close()
+    in_the_way = tmp_path / ".nfs0000"
+    in_the_way.write_bytes(b"")
+    mine = OwnFolder(tmp_path)
+    assert mine.path.is_dir()
+    mine.close()
+    assert list(tmp_path.iterdir()) == [in_the_way]
 
 
 def test_a_lock_on_a_file_that_was_removed_meanwhile_is_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
